@@ -1,0 +1,124 @@
+"""Segment sums and BGPO's per-sample bound in Triton; formulas and letters as in ``reference``.
+
+``segment_sum``: one program per segment, 8 N bytes at most; fp64 lanes accumulate every BLOCK-th value and are added by
+one fixed tree, so a segment's bits depend on nothing but its own values. Rounded once, after the weight.
+
+``bound``: element-wise over B*n samples, in the dtype of ``logprob``. Clips are applied with ``where``, not minimum and
+maximum, which in Triton drop a NaN: a NaN log-probability must reach the loss. They are compile-time constants, as
+Triton would round run-time floats to fp32 under an fp64 log-probability.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton_math import divide
+
+SEGMENT_BLOCK = 256  # values per pass: 2 per thread of 4 warps, as a segment holds a few hundred
+BOUND_BLOCK = 256  # samples per program
+
+
+@triton.jit
+def _segment_sum_kernel(
+    values,  # [N] fp32 or fp64
+    offsets,  # [S+1] int64
+    weight,  # [S] fp32
+    sums,  # [S] out
+    BLOCK: tl.constexpr,
+):
+    segment = tl.program_id(0)
+    row = tl.load(offsets + segment)
+    end = tl.load(offsets + segment + 1)
+    total = tl.zeros([BLOCK], tl.float64)
+    while row < end:
+        index = row + tl.arange(0, BLOCK)
+        total += tl.load(values + index, mask=index < end, other=0.0).to(tl.float64)
+        row += BLOCK
+    weighted = tl.load(weight + segment).to(tl.float64) * tl.sum(total, 0)
+    tl.store(sums + segment, weighted.to(sums.dtype.element_ty))
+
+
+@triton.jit
+def _bound_kernel(
+    logprob,  # [B, n]
+    advantages,  # [B]
+    old,  # [B, n] or None
+    lengths,  # [B] or None
+    terms,  # [B, n] out
+    slopes,  # [B, n] out
+    size,
+    samples,
+    CLIP_LOW: tl.constexpr,
+    CLIP_HIGH: tl.constexpr,
+    DUAL_CLIP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    DTYPE: tl.constexpr = logprob.dtype.element_ty
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < size
+    row = index // samples
+    advantage = tl.load(advantages + row, mask=inside, other=0.0).to(DTYPE)
+    length = tl.full([BLOCK], 1.0, DTYPE)
+    d = tl.zeros([BLOCK], DTYPE)
+    if lengths is not None:
+        length = tl.load(lengths + row, mask=inside, other=1.0).to(DTYPE)
+    if old is not None:
+        d = tl.load(logprob + index, mask=inside, other=0.0) - tl.load(old + index, mask=inside, other=0.0).to(DTYPE)
+        d = divide(d, length)
+    linear = 1.0 + d
+    ratio = tl.exp(d)
+    highest = tl.full([BLOCK], 1.0 + CLIP_HIGH, DTYPE)
+    floor = tl.full([BLOCK], 1.0 - CLIP_LOW, DTYPE)
+    ceiling = tl.full([BLOCK], DUAL_CLIP, DTYPE)
+
+    clipped = tl.where(ratio < floor, floor, ratio)
+    clipped = tl.where(clipped > ceiling, ceiling, clipped)
+    gains = advantage >= 0.0
+    term = advantage * tl.where(gains, tl.where(linear > highest, highest, linear), clipped)
+    open_ = tl.where(gains, linear <= highest, (ratio >= floor) & (ratio <= ceiling))
+    slope = tl.where(open_, divide(advantage * tl.where(gains, 1.0, ratio), length), 0.0)
+    tl.store(terms + index, term, mask=inside)
+    tl.store(slopes + index, slope, mask=inside)
+
+
+def segment_sum(
+    values: Tensor,  # [N] fp32 or fp64
+    offsets: Tensor,  # [S+1] int64
+    weight: Tensor,  # [S] fp32
+) -> Tensor:
+    """``weight_s * sum(values[offsets_s : offsets_s+1])`` -> [S], accumulated in fp64, rounded once."""
+    segments = offsets.numel() - 1
+    sums = torch.empty(segments, dtype=values.dtype, device=values.device)
+    if segments:
+        with torch.cuda.device_of(values):
+            _segment_sum_kernel[(segments,)](
+                values.contiguous(), offsets.contiguous(), weight.contiguous(), sums,
+                BLOCK=SEGMENT_BLOCK, enable_fp_fusion=False,
+            )  # fmt: skip
+    return sums
+
+
+def bound(
+    logprob: Tensor,  # [B, n]
+    advantages: Tensor,  # [B]
+    old: Tensor | None,  # [B, n]
+    length: Tensor | None,  # [B]
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+) -> tuple[Tensor, Tensor]:
+    """Bound term of each sample and its derivative with respect to ``logprob``: two ``[B, n]``."""
+    term = torch.empty(logprob.shape, dtype=logprob.dtype, device=logprob.device)
+    slope = torch.empty_like(term)
+    if logprob.numel():
+        with torch.cuda.device_of(logprob):
+            _bound_kernel[(triton.cdiv(logprob.numel(), BOUND_BLOCK),)](
+                logprob.contiguous(), advantages.contiguous(), None if old is None else old.contiguous(),
+                None if length is None else length.contiguous(), term, slope, logprob.numel(), logprob.shape[1],
+                CLIP_LOW=float(clip_low), CLIP_HIGH=float(clip_high), DUAL_CLIP=float(dual_clip),
+                BLOCK=BOUND_BLOCK, enable_fp_fusion=False,
+            )  # fmt: skip
+    return term, slope

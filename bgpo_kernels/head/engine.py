@@ -1,0 +1,262 @@
+"""The vocabulary head without N x V logits: vendor GEMMs into one reused workspace, our row kernels in between.
+
+    score       for each chunk:  logits = X W^T;  row statistics                                               2NHV
+    gradients   for each chunk:  logits again;  dlogits in place;  dX = dlogits W;  dW += dlogits^T X          6NHV
+    one_pass    for each chunk:  logits;  statistics;  segment sums and coefficients;  dlogits in place;
+                                 dX;  dW +=                                             6NHV, 4NHV with a frozen head
+
+One pass is possible because the coefficient of a row depends on nothing outside its segment (``d loss / d logp_k =
+w_s c_s``), and a chunk holds whole segments. Bytes beyond the operands: the workspace, O(N) statistics, and one fp32
+accumulator of dW when the weight is narrower than that and there is more than one chunk.
+
+Numerics: logits are fp32 in the workspace wherever the vendor GEMM gives them from the inputs' dtype; on a CPU bf16
+GEMMs write bf16, so bf16 logits carry that rounding (as torch's own do), and fp16 inputs are computed in fp32. Row
+statistics, coefficients and sums over chunks are fp32 (fp64 for fp64 inputs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..backends import engine
+from ..bound.ops import spread
+from ..workspace import chunk_capacity, logits_buffer
+from .chunks import cut, plan
+from .options import LogitTransform
+
+
+@lru_cache(maxsize=None)
+def _mm_has_out_dtype() -> bool:
+    """torch >= 2.8: GEMMs of 16-bit inputs with fp32 output."""
+    return hasattr(torch.ops.aten.mm, "dtype_out") and hasattr(torch.ops.aten.addmm, "dtype_out")
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head problem: N rows of ``hidden`` against the vocabulary. Tensors are detached; nothing here is differentiated."""
+
+    hidden: Tensor  # [R, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    rows: Tensor | None  # [N] into R; None: all rows
+    targets: Tensor  # [N]
+    transform: LogitTransform
+    backend: str  # resolved; not "reference"
+
+    @property
+    def num_rows(self) -> int:
+        return self.targets.shape[0]
+
+    @property
+    def gemm_dtype(self) -> torch.dtype:
+        """What the GEMMs take: fp16 GEMMs on a CPU are a hundred times slower than fp32 ones, so they are not used."""
+        slow_half = self.hidden.dtype == torch.float16 and self.hidden.device.type == "cpu"
+        return torch.float32 if slow_half else self.hidden.dtype
+
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        narrow = self.gemm_dtype in (torch.bfloat16, torch.float16)
+        return torch.float32 if narrow and self.wide_output else self.gemm_dtype
+
+    @property
+    def wide_output(self) -> bool:
+        """Whether GEMMs of 16-bit inputs can write fp32."""
+        return self.hidden.device.type == "cuda" and _mm_has_out_dtype()
+
+    @property
+    def stats_dtype(self) -> torch.dtype:
+        return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+
+    @property
+    def capacity(self) -> int:
+        return chunk_capacity(self.weight.shape[0], self.logits_dtype, self.hidden.device)
+
+    def gemm_weight(self) -> Tensor:
+        """The weight as the GEMMs take it; a cast copy only under autocast or for fp16 on a CPU."""
+        return self.weight.to(self.gemm_dtype)
+
+
+class Gradients:
+    """Accumulators of one backward: each is None when not wanted. dW and db are fp32 sums over chunks (fp64 for fp64).
+
+    ``weight`` and ``bias`` may be handed in, so that sums go straight into an existing ``.grad``; otherwise the first
+    chunk writes them. ``hidden`` is [N, H], the gradient of each gathered row.
+    """
+
+    def __init__(self, head: Head, hidden: bool, weight: Tensor | bool, bias: Tensor | bool) -> None:
+        device, width = head.hidden.device, head.weight.shape[1]
+        self.hidden = torch.empty(head.num_rows, width, dtype=head.gemm_dtype, device=device) if hidden else None
+        self._want_weight, self._want_bias = weight is not False, bias is not False and head.bias is not None
+        self.weight = weight if isinstance(weight, Tensor) else None
+        self.bias = bias if isinstance(bias, Tensor) else None
+
+    def add_weight(self, dlogits: Tensor, x: Tensor, head: Head, last: bool) -> None:
+        """dW += dlogits^T x."""
+        if not self._want_weight:
+            return
+        if self.weight is None:
+            single = last and head.weight.dtype == head.gemm_dtype
+            dtype = head.weight.dtype if single else head.stats_dtype
+            self.weight = torch.empty_like(head.weight, dtype=dtype, memory_format=torch.contiguous_format)
+            if dtype == dlogits.dtype:
+                torch.mm(dlogits.T, x, out=self.weight)
+            else:
+                self.weight.copy_(_product(dlogits.T, x, dtype, head))
+        elif self.weight.dtype == dlogits.dtype:
+            self.weight.addmm_(dlogits.T, x)
+        elif head.wide_output:
+            torch.addmm(self.weight, dlogits.T, x, out_dtype=self.weight.dtype, out=self.weight)
+        else:
+            self.weight.add_(torch.mm(dlogits.T, x))
+
+    def add_bias(self, dlogits: Tensor, head: Head) -> None:
+        """db += column sums of dlogits, in fp32."""
+        if not self._want_bias:
+            return
+        sums = dlogits.sum(0, dtype=head.stats_dtype)
+        if self.bias is None:
+            self.bias = sums
+        else:
+            self.bias.add_(sums)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype, head: Head) -> Tensor:
+    return torch.mm(a, b, out_dtype=dtype) if head.wide_output and a.dtype != dtype else torch.mm(a, b)
+
+
+class _Chunk:
+    """One chunk in the workspace: its gathered hidden rows, its logits, and then, in the same memory, their gradient."""
+
+    def __init__(self, head: Head, weight: Tensor, begin: int, end: int) -> None:
+        self.head, self.w, self.begin, self.end = head, weight, begin, end
+        self.targets = head.targets[begin:end]
+        rows = head.hidden[begin:end] if head.rows is None else head.hidden.index_select(0, head.rows[begin:end])
+        self.x = rows.to(head.gemm_dtype)
+        self.logits = logits_buffer(end - begin, weight.shape[0], head.logits_dtype, head.hidden.device)
+        if self.logits.dtype == self.x.dtype:
+            torch.mm(self.x, weight.T, out=self.logits)
+        else:
+            torch.mm(self.x, weight.T, out_dtype=self.logits.dtype, out=self.logits)
+        self.kernels = engine("head", head.backend)
+
+    def statistics(self, stats: Tensor, entropy: bool) -> None:
+        """Fills the chunk's columns of ``stats`` [4, N]."""
+        part = stats[:, self.begin : self.end]
+        self.kernels.row_statistics(
+            self.logits, self.targets, self.head.bias, self.head.transform, part, entropy
+        )
+
+    def backward(
+        self, stats: Tensor, grad_logprob: Tensor, grad_entropy: Tensor | None, into: Gradients, last: bool
+    ) -> None:
+        """Turns the logits into their gradient in place and feeds the two GEMMs; gradients are [chunk rows]."""
+        head, part = self.head, stats[:, self.begin : self.end]
+        dlogits = self.kernels.dlogits_(
+            self.logits, self.targets, head.bias, head.transform, part, grad_logprob, grad_entropy, head.gemm_dtype
+        )
+        if into.hidden is not None:
+            torch.mm(dlogits, self.w, out=into.hidden[self.begin : self.end])
+        into.add_weight(dlogits, self.x, head, last)
+        into.add_bias(dlogits, head)
+
+
+def new_stats(head: Head) -> Tensor:
+    """``[4, N]``: max, sum of exp, log-probability, entropy."""
+    return torch.empty(4, head.num_rows, dtype=head.stats_dtype, device=head.hidden.device)
+
+
+def _pieces(head: Head, offsets: Sequence[int] | None) -> list[tuple[int, int]]:
+    """Chunks in order: whole segments where offsets are given (the plan that one_pass uses), full chunks otherwise."""
+    if offsets is None:
+        return list(cut(0, head.num_rows, head.capacity))
+    return [piece for group in plan(offsets, head.capacity) for piece in group.pieces]
+
+
+def score(head: Head, offsets: Sequence[int] | None = None, entropy: bool = False) -> Tensor:
+    """Statistics ``[4, N]`` of every row (row 3 only with ``entropy``). 2NHV."""
+    stats, weight = new_stats(head), head.gemm_weight()
+    for begin, end in _pieces(head, offsets):
+        _Chunk(head, weight, begin, end).statistics(stats, entropy)
+    return stats
+
+
+def gradients(
+    head: Head,
+    stats: Tensor,
+    grad_logprob: Tensor,  # [N]
+    grad_entropy: Tensor | None,  # [N]
+    into: Gradients,
+    offsets: Sequence[int] | None = None,
+) -> None:
+    """Gradients for any upstream gradient per row, from recomputed logits and saved statistics. 2NHV more than one_pass."""
+    weight = head.gemm_weight()
+    pieces = _pieces(head, offsets)
+    for begin, end in pieces:
+        chunk = _Chunk(head, weight, begin, end)
+        upstream = None if grad_entropy is None else grad_entropy[begin:end]
+        chunk.backward(stats, grad_logprob[begin:end], upstream, into, last=len(pieces) == 1)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which rows belong together, and the weight of each row's log-probability."""
+
+    offsets: Tensor  # [S+1] int64
+    host_offsets: Sequence[int]
+    weight: Tensor  # [S] fp32
+
+
+#: (first segment, last segment, their weighted log-probability sums [last - first]) -> d loss / d sum, same shape
+Coefficients = Callable[[int, int, Tensor], Tensor]
+
+
+def one_pass(
+    head: Head, segments: Segments, coefficients: Coefficients, known: bool, into: Gradients
+) -> Tensor:
+    """Segment sums ``[S]`` and the gradients of a loss whose slope by each sum is given by ``coefficients``.
+
+    ``known``: the slope does not depend on the sums, so that even a segment larger than the workspace needs no second
+    look. Otherwise such a segment's logits are computed twice.
+    """
+    stats, weight = new_stats(head), head.gemm_weight()
+    sums = torch.empty(len(segments.host_offsets) - 1, dtype=head.stats_dtype, device=head.hidden.device)
+    groups = plan(segments.host_offsets, head.capacity)
+    pieces = sum(len(group.pieces) for group in groups)
+
+    for group in groups:
+        offsets = segments.offsets[group.first : group.last + 1] - group.begin
+        token_weight = segments.weight[group.first : group.last]
+
+        def upstream(group=group, offsets=offsets, token_weight=token_weight) -> Tensor:
+            slope = coefficients(group.first, group.last, sums[group.first : group.last])
+            return spread(slope.to(stats.dtype) * token_weight.to(stats.dtype), offsets, group.end - group.begin)
+
+        def reduce(group=group, offsets=offsets, token_weight=token_weight) -> None:
+            kernels = engine("bound", head.backend)
+            logprob = stats[2, group.begin : group.end]
+            sums[group.first : group.last] = kernels.segment_sum(logprob, offsets, token_weight)
+
+        if len(group.pieces) == 1:
+            chunk = _Chunk(head, weight, *group.pieces[0])
+            chunk.statistics(stats, entropy=False)
+            reduce()
+            chunk.backward(stats, upstream(), None, into, last=pieces == 1)
+            continue
+        grad = upstream() if known and group.pieces else None
+        for begin, end in group.pieces:
+            chunk = _Chunk(head, weight, begin, end)
+            chunk.statistics(stats, entropy=False)
+            if grad is not None:
+                chunk.backward(stats, grad[begin - group.begin : end - group.begin], None, into, last=False)
+        reduce()
+        if grad is None and group.pieces:
+            grad = upstream()
+            for begin, end in group.pieces:
+                chunk = _Chunk(head, weight, begin, end)
+                chunk.backward(stats, grad[begin - group.begin : end - group.begin], None, into, last=False)
+    return sums

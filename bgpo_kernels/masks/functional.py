@@ -1,0 +1,181 @@
+"""``random_mask``: reproducible Monte Carlo maskings, a pure function of (seed, sample id, sample index, position)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import validation as check
+from ..backends import resolve
+from . import ops
+from .draw import MaskDraw
+from .schedule import HARMONIC, SCHEDULES, SCHEMES, CountSchedule, DrawSpec, count_tables, prompt_threshold
+
+
+def random_mask(
+    input_ids: Tensor,
+    response_mask: Tensor,
+    *,
+    mask_token_id: int,
+    n_mc: int,
+    seed: int,
+    sample_ids: Tensor | None = None,
+    mc_range: tuple[int, int] | None = None,
+    scheme: str = "exact",
+    schedule: str | CountSchedule = "stratified",
+    prompt_mask_prob: float = 0.0,
+    prompt_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> MaskDraw:
+    """Draw n_mc masked copies of every sequence (mask stream, version 1: the same bits on every backend and device).
+
+    For any scheme the estimate ``E[weight * sum_{masked} log p]`` is the same evidence lower bound:
+
+    * ``exact``: l from ``schedule``, a uniform random l-subset of the L response tokens, weight ``(L/l)(1/L)/q(l)``.
+    * ``bernoulli``: t in (0, 1], each response token masked with probability t, weight ``1/t``.
+    * ``coupled``: samples 2i and 2i+1 are complements, l ~ U{0..L}, weights ``(L+1)/l`` and ``(L+1)/(L-l)``, 0 when empty.
+    * ``full``: every response token, weight 1 (not an ELBO: diffu-GRPO's one-step estimate).
+
+    Args:
+        input_ids: ``[B, T]`` int64, clean tokens.
+        response_mask: ``[B, T]`` bool, True where a token may be masked and is scored. Any pattern; at least one per row.
+        mask_token_id: id written over masked tokens; the response must not hold it already.
+        n_mc: samples per sequence; even for ``coupled``.
+        seed: 0 .. 2^64-1.
+        sample_ids: ``[B]`` int64 logical ids, default 0..B-1. Masks depend on these, not on the place in the batch.
+        mc_range: ``(lo, hi)``, draw only these of the n_mc samples, bit for bit as in the full draw.
+        scheme, schedule: see above; ``schedule`` is "uniform" (iid), "stratified" (sample j in stratum j of n),
+            "harmonic" (q(l) ~ 1/l, stratified) or a :class:`CountSchedule`. The last two go with ``exact`` only.
+        prompt_mask_prob, prompt_mask: mask prompt tokens (``[B, T]`` bool, disjoint from the response) with this
+            probability; they are never scored. Their stream position is the index in T.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        A :class:`MaskDraw` on the device of ``input_ids``.
+
+    Raises:
+        TypeError: wrong dtypes. ValueError: shapes that disagree, a row with no response token, a response that holds
+            the mask token, negative ids, n_mc < 1 or odd for coupled, seed or mc_range out of range, an unknown scheme
+            or schedule, a backend that cannot serve the device.
+    """
+    _check_tensors(input_ids, response_mask, sample_ids, prompt_mask)
+    lo, hi = _check_numbers(n_mc, seed, mask_token_id, mc_range, scheme, schedule)
+    probability = check.number("prompt_mask_prob", prompt_mask_prob, 0.0, high=1.0)
+    if probability > 0 and prompt_mask is None:
+        raise ValueError("prompt_mask_prob > 0 needs prompt_mask [B, T] bool")
+    resolved = resolve(backend, input_ids.device)
+    lengths, max_id = _check_values(input_ids, response_mask, prompt_mask, mask_token_id, n_mc)
+    if sample_ids is None:
+        sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
+    spec = _spec(scheme, schedule, n_mc, lo, hi, seed, mask_token_id, probability, lengths, input_ids.device)
+    return draw_unchecked(input_ids, response_mask, prompt_mask, sample_ids, spec, resolved, max_id)
+
+
+def make_spec(
+    scheme: str, schedule: str | CountSchedule, n_mc: int, seed: int, mask_token_id: int, lengths: list[int],
+    device: torch.device,
+) -> DrawSpec:  # fmt: skip
+    """A validated spec of all n_mc samples; the estimators cut ranges out of it."""
+    lo, hi = _check_numbers(n_mc, seed, mask_token_id, None, scheme, schedule)
+    return _spec(scheme, schedule, n_mc, lo, hi, seed, mask_token_id, 0.0, lengths, device)
+
+
+def draw_unchecked(
+    input_ids: Tensor,
+    response_mask: Tensor,
+    prompt_mask: Tensor | None,
+    sample_ids: Tensor,
+    spec: DrawSpec,
+    backend: str,
+    max_id: int,
+) -> MaskDraw:
+    """The draw itself, for inputs that were checked; one host read (the number of rows of each segment)."""
+    signed_seed = spec.seed - 2**64 if spec.seed >= 2**63 else spec.seed
+    noisy, count, weight = ops.mask_select(
+        input_ids, response_mask, prompt_mask, sample_ids, spec.thresholds, spec.table_weights, spec.table_start,
+        spec.scheme, spec.schedule, spec.n_mc, spec.lo, spec.hi, signed_seed, spec.mask_token_id,
+        spec.prompt_threshold, backend,
+    )  # fmt: skip
+    offsets = torch.zeros(count.numel() + 1, dtype=torch.int64, device=count.device)
+    torch.cumsum(count.flatten(), 0, out=offsets[1:])
+    host_offsets = tuple(offsets.tolist())
+    rows, targets = ops.mask_rows(
+        noisy, input_ids, response_mask, offsets, spec.mask_token_id, host_offsets[-1], backend
+    )
+    return MaskDraw(noisy, rows, targets, offsets, weight, count, host_offsets, max_id)
+
+
+def _spec(scheme, schedule, n_mc, lo, hi, seed, mask_token_id, probability, lengths, device) -> DrawSpec:
+    threshold = prompt_threshold(probability)
+    law = HARMONIC if schedule == "harmonic" else schedule
+    if not isinstance(law, CountSchedule):
+        return DrawSpec(scheme, law, n_mc, lo, hi, seed, mask_token_id, threshold)
+    tables = (t.to(device) for t in count_tables(law, lengths, n_mc))
+    return DrawSpec(scheme, "table", n_mc, lo, hi, seed, mask_token_id, threshold, *tables)
+
+
+def _check_tensors(input_ids: Any, response_mask: Any, sample_ids: Any, prompt_mask: Any) -> None:
+    check.dtype("input_ids", check.tensor("input_ids", input_ids), torch.int64)
+    check.shape("input_ids", input_ids, ("B", "T"))
+    size = tuple(input_ids.shape)
+    for name, mask in (("response_mask", response_mask), ("prompt_mask", prompt_mask)):
+        if mask is None and name == "prompt_mask":
+            continue
+        check.dtype(name, check.tensor(name, mask), torch.bool)
+        check.shape(name, mask, size, " (as input_ids)")
+        check.same_device(name, mask, "input_ids", input_ids)
+    if sample_ids is not None:
+        check.dtype("sample_ids", check.tensor("sample_ids", sample_ids), torch.int64)
+        check.shape("sample_ids", sample_ids, size[:1], " (one per sequence)")
+        check.same_device("sample_ids", sample_ids, "input_ids", input_ids)
+
+
+def _check_numbers(n_mc, seed, mask_token_id, mc_range, scheme, schedule) -> tuple[int, int]:
+    check.integer("n_mc", n_mc, 1)
+    check.integer("seed", seed, 0, check.MAX_SEED)
+    check.integer("mask_token_id", mask_token_id, 0)
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}; got {scheme!r}")
+    if not isinstance(schedule, CountSchedule):
+        if not isinstance(schedule, str):
+            raise TypeError(f"schedule must be a name or a CountSchedule, got {type(schedule).__name__}")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or a CountSchedule; got {schedule!r}")
+    if scheme in ("bernoulli", "coupled") and schedule not in ("uniform", "stratified"):
+        name = schedule.name if isinstance(schedule, CountSchedule) else schedule
+        raise ValueError(f"scheme={scheme!r} takes schedule 'uniform' or 'stratified', not {name!r}")
+    if scheme == "coupled" and n_mc % 2:
+        raise ValueError(f"scheme='coupled' pairs samples, so n_mc must be even; got {n_mc}")
+    if mc_range is None:
+        return 0, n_mc
+    if not (isinstance(mc_range, tuple | list) and len(mc_range) == 2):
+        raise TypeError(f"mc_range must be a pair (lo, hi), got {mc_range!r}")
+    lo = check.integer("mc_range[0]", mc_range[0], 0, n_mc - 1)
+    return lo, check.integer("mc_range[1]", mc_range[1], lo + 1, n_mc)
+
+
+def _check_values(
+    input_ids: Tensor, response_mask: Tensor, prompt_mask: Tensor | None, mask_token_id: int, n_mc: int
+) -> tuple[list[int], int]:
+    """Checks of tensor values, and the response lengths and largest response id on the host."""
+    if input_ids.shape[0] == 0:
+        raise ValueError("input_ids holds no sequence: shape [0, T]")
+    lengths = response_mask.sum(-1).tolist()
+    if 0 in lengths:
+        rows = [b for b, length in enumerate(lengths) if length == 0]
+        raise ValueError(f"response_mask has no True in row(s) {rows[:8]}: a sequence needs at least one response token")
+    if n_mc * (max(lengths) + 1) >= 2**31:
+        raise ValueError(f"n_mc * (L + 1) must stay below 2^31, got n_mc={n_mc} and L={max(lengths)}")
+    response = input_ids[response_mask]
+    check.ids_in_range("input_ids", input_ids, 0, 2**31, "token ids")
+    if bool((response == mask_token_id).any()):
+        rows = (response_mask & (input_ids == mask_token_id)).any(-1).nonzero().flatten()[:8].tolist()
+        raise ValueError(
+            f"the response of row(s) {rows} already holds the mask token {mask_token_id}: it cannot be scored there; "
+            "leave those positions out of response_mask"
+        )
+    if prompt_mask is not None and bool((prompt_mask & response_mask).any()):
+        raise ValueError("prompt_mask and response_mask overlap: a token is either prompt or response")
+    return lengths, int(response.max())

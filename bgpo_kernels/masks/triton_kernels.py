@@ -1,0 +1,349 @@
+"""Mask stream, version 1, in Triton: three integer kernels, bit-equal to ``reference``.
+
+**Every scheme is one comparison.** A token is masked iff ``(key, position) < (boundary_key, boundary_position)`` in
+lexicographic order, with key = its 64-bit selection word (complemented for the second sample of a coupled pair):
+
+    exact, coupled   boundary_key: a value that exactly l keys do not exceed; position decides only among equal keys
+    bernoulli        (q << 32) - 1, since w0 < q  <=>  key <= (q << 32) - 1; q = 2^32 wraps to the largest key
+    full             the largest key
+
+``_boundary_kernel`` (one program per sample) finds that pair, ``_noise_kernel`` (one program per block of tokens)
+applies it, and neither needs to see the other's tokens.
+
+**Keys are recomputed, never stored.** Keys are uniform, so interpolating for the boundary and stopping as soon as the
+count is exactly l takes about 3.5 passes at L = 64 and 5.5 at L = 32768 (bisecting all bits would take 64). At 60
+integer instructions a key, a pass costs less than holding 64-bit keys would: L = 32768 of them are 256 KiB, a whole
+register file, and L = 1024 would already halve the occupancy. Every fourth pass halves the interval, so the search ends
+even where keys tie; a tie at the boundary is then filled in position order, and exactly l tokens are always masked.
+
+Bytes: 12 B T read and 8 B m T written per sample batch (noisy ids), 20 per sample for the boundary; everything is
+integer arithmetic except the weights, which are formed in fp64 and rounded once to fp32. Nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton_philox import COUNTS, KEYS, PROMPT, seed_words, stream_words
+from .schedule import DrawSpec
+
+MAX_BLOCK = 1024  # tokens per program and pass: 8 keys in flight per thread of 4 warps
+
+
+@triton.jit
+def _selection_key(position, sample, sample_id, seed_low, seed_high):
+    w0, w1 = stream_words(position, sample, sample_id, seed_low, seed_high, KEYS)
+    return (w0.to(tl.uint64) << 32) | w1.to(tl.uint64)
+
+
+@triton.jit
+def _count_not_above(key_bound, length, sample, sample_id, seed_low, seed_high, BLOCK: tl.constexpr):
+    """Number of the response's keys that are <= key_bound."""
+    found = tl.zeros([BLOCK], tl.int32)
+    start = 0
+    while start < length:
+        position = start + tl.arange(0, BLOCK)
+        key = _selection_key(position, sample, sample_id, seed_low, seed_high)
+        found += ((key <= key_bound) & (position < length)).to(tl.int32)
+        start += BLOCK
+    return tl.sum(found, 0).to(tl.int64)
+
+
+@triton.jit
+def _end_of_ties(tied_key, wanted, length, sample, sample_id, seed_low, seed_high, BLOCK: tl.constexpr):
+    """1 + the position of the ``wanted``-th key (in position order) that equals tied_key; 0 if none is wanted."""
+    end = length * 0
+    before = length * 0
+    start = 0
+    while start < length:
+        position = start + tl.arange(0, BLOCK)
+        key = _selection_key(position, sample, sample_id, seed_low, seed_high)
+        tied = ((key == tied_key) & (position < length)).to(tl.int32)
+        rank = before + tl.cumsum(tied, 0)
+        end = tl.maximum(end, tl.max(tl.where((tied == 1) & (rank == wanted), position + 1, 0), 0))
+        before += tl.sum(tied, 0)
+        start += BLOCK
+    return end
+
+
+@triton.jit
+def _boundary_of(wanted, length, sample, sample_id, seed_low, seed_high, BLOCK: tl.constexpr):
+    """The pair (key, position) below which exactly ``wanted`` of the response's (key, position) lie.
+
+    The wanted-th smallest key is in [low, high]; ``below`` keys are < low and ``reached`` are <= high. 2k+1 parts of
+    2m+2 aim at the middle of the gap after the k-th of m uniform keys.
+    """
+    low = tl.full([], 0, tl.uint64)
+    high = ~low
+    bound = high
+    below = wanted * 0
+    reached = length
+    count = length
+    step = 0
+    while (count != wanted) & (low < high):
+        width = high - low
+        part = width // (2 * (reached - below) + 2).to(tl.uint64)
+        jump = part * (2 * (wanted - below) + 1).to(tl.uint64)
+        bound = low + tl.where(step % 4 == 3, width // 2, jump)
+        count = _count_not_above(bound, length, sample, sample_id, seed_low, seed_high, BLOCK)
+        over = count > wanted
+        high = tl.where(over, bound, high)
+        reached = tl.where(over, count, reached)
+        low = tl.where(over, low, bound + 1)
+        below = tl.where(over, below, count)
+        step += 1
+    end = length
+    if count != wanted:  # low == high: the boundary runs through equal keys
+        bound = low
+        end = _end_of_ties(low, wanted - below, length, sample, sample_id, seed_low, seed_high, BLOCK)
+    return bound, end
+
+
+@triton.jit
+def _table_count(thresholds, word, length, BLOCK: tl.constexpr):
+    """1 + the number of this length's thresholds that do not exceed the stratified word."""
+    found = tl.zeros([BLOCK], tl.int32)
+    start = 0
+    while start < length:
+        entry = start + tl.arange(0, BLOCK)
+        threshold = tl.load(thresholds + entry, mask=entry < length, other=0)
+        found += ((threshold <= word) & (entry < length)).to(tl.int32)
+        start += BLOCK
+    return 1 + tl.sum(found, 0).to(tl.int64)
+
+
+@triton.jit
+def _drawn_count(j, r, length, n_mc, thresholds, SCHEME: tl.constexpr, SCHEDULE: tl.constexpr, BLOCK: tl.constexpr):
+    """Tokens that sample j masks; coupled: that the even sample of j's pair masks.
+
+    With u = (j << 32) + r, floor(u L / (n << 32)) = floor((j L + floor(r L / 2^32)) / n): no product reaches 2^63.
+    """
+    if SCHEME == "coupled":
+        scaled = (r * (length + 1)) >> 32
+        drawn = scaled if SCHEDULE == "uniform" else (j // 2 * (length + 1) + scaled) // (n_mc // 2)
+    elif SCHEDULE == "uniform":
+        drawn = 1 + ((r * length) >> 32)
+    elif SCHEDULE == "stratified":
+        drawn = 1 + (j * length + ((r * length) >> 32)) // n_mc
+    else:
+        drawn = _table_count(thresholds, (j << 32) + r, length, BLOCK)
+    return drawn
+
+
+@triton.jit
+def _token_weight(count, length, table_weights, SCHEME: tl.constexpr, SCHEDULE: tl.constexpr):
+    """Weight of each masked token, rounded once from fp64; the empty side of a coupled pair weighs 0."""
+    size = length.to(tl.float64)
+    if SCHEME == "coupled":
+        weight = tl.where(count > 0, (size + 1.0) / tl.maximum(count, 1).to(tl.float64), 0.0)
+    elif SCHEDULE == "table":
+        weight = tl.load(table_weights + count - 1)
+    else:
+        weight = size / count.to(tl.float64)
+    return weight.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "first_sample"])
+def _boundary_kernel(
+    sample_ids,  # [B] int64
+    lengths,  # [B] int64, number of response tokens
+    thresholds,  # [K] int64 or None
+    table_weights,  # [K] fp32 or None
+    table_start,  # [B] int64 or None
+    boundary_key,  # [B, m] int64 out: the bits of a uint64
+    boundary_position,  # [B, m] int32 out
+    counts,  # [B, m] int32 out
+    weights,  # [B, m] fp32 out
+    seed_low,
+    seed_high,
+    first_sample,
+    samples,
+    n_mc,
+    SCHEME: tl.constexpr,
+    SCHEDULE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    segment = tl.program_id(0)
+    row = segment // samples
+    j = (first_sample + segment % samples).to(tl.int64)
+    sample_id = tl.load(sample_ids + row)
+    length = tl.load(lengths + row)
+    # Both samples of a coupled pair share the count word and the keys of the even one.
+    key_sample = j - j % 2 if SCHEME == "coupled" else j
+    if SCHEDULE == "table":
+        table = tl.load(table_start + row)
+        thresholds += table
+        table_weights += table
+    word, _ = stream_words(j * 0, key_sample, sample_id, seed_low, seed_high, COUNTS)
+    r = word.to(tl.int64)
+
+    end = length
+    if SCHEME == "full":
+        bound = ~tl.full([], 0, tl.uint64)
+        count = length
+        weight = 1.0
+    elif SCHEME == "bernoulli":
+        q = r + 1 if SCHEDULE == "uniform" else tl.maximum(((j << 32) + r + 1) // n_mc, 1)
+        bound = (q.to(tl.uint64) << 32) - 1
+        count = _count_not_above(bound, length, key_sample, sample_id, seed_low, seed_high, BLOCK)
+        weight = (4294967296.0 / q.to(tl.float64)).to(tl.float32)
+    else:
+        count = _drawn_count(j, r, length, n_mc, thresholds, SCHEME, SCHEDULE, BLOCK)
+        bound, end = _boundary_of(count, length, key_sample, sample_id, seed_low, seed_high, BLOCK)
+        if SCHEME == "coupled":
+            count = tl.where(j % 2 == 1, length - count, count)
+        weight = _token_weight(count, length, table_weights, SCHEME, SCHEDULE)
+
+    tl.store(boundary_key + segment, bound.to(tl.int64, bitcast=True))
+    tl.store(boundary_position + segment, end.to(tl.int32))
+    tl.store(counts + segment, count.to(tl.int32))
+    tl.store(weights + segment, weight)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "first_sample"])
+def _noise_kernel(
+    input_ids,  # [B, T] int64
+    positions,  # [B, T] int32: rank within the response, -1 outside it
+    prompt_mask,  # [B, T] bool or None
+    sample_ids,  # [B] int64
+    boundary_key,  # [B, m] int64
+    boundary_position,  # [B, m] int32
+    noisy_ids,  # [B, m, T] int64 out
+    tokens,
+    mask_token_id,
+    prompt_threshold,
+    seed_low,
+    seed_high,
+    first_sample,
+    samples,
+    COUPLED: tl.constexpr,
+    PROMPT_NOISE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(tokens, BLOCK)
+    segment = (tl.program_id(0) // blocks).to(tl.int64)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = column < tokens
+    row = segment // samples
+    j = first_sample + segment % samples
+    key_sample = j - j % 2 if COUPLED else j
+    sample_id = tl.load(sample_ids + row)
+    ids = tl.load(input_ids + row * tokens + column, mask=inside)
+    position = tl.load(positions + row * tokens + column, mask=inside, other=-1)
+
+    key = _selection_key(position, key_sample, sample_id, seed_low, seed_high)
+    bound = tl.load(boundary_key + segment).to(tl.uint64, bitcast=True)
+    end = tl.load(boundary_position + segment)
+    masked = (key < bound) | ((key == bound) & (position < end))
+    if COUPLED:
+        masked = masked != (j % 2 == 1)
+    masked = masked & (position >= 0)
+    if PROMPT_NOISE:
+        word, _ = stream_words(column, j, sample_id, seed_low, seed_high, PROMPT)
+        prompt = tl.load(prompt_mask + row * tokens + column, mask=inside, other=0) != 0
+        masked = masked | (prompt & (word.to(tl.int64) < prompt_threshold))
+    tl.store(noisy_ids + segment * tokens + column, tl.where(masked, mask_token_id, ids), mask=inside)
+
+
+@triton.jit
+def _emit_kernel(
+    noisy_ids,  # [B, m, T] int64
+    input_ids,  # [B, T] int64
+    response_mask,  # [B, T] bool
+    segment_offsets,  # [B*m + 1] int64
+    rows,  # [N] int64 out
+    targets,  # [N] int64 out
+    tokens,
+    samples,
+    mask_token_id,
+    BLOCK: tl.constexpr,
+):
+    """One program walks one segment left to right, so that its rows come out ascending."""
+    segment = tl.program_id(0).to(tl.int64)
+    row = segment // samples
+    base = tl.load(segment_offsets + segment)
+    start = 0
+    while start < tokens:
+        column = start + tl.arange(0, BLOCK)
+        inside = column < tokens
+        noisy = tl.load(noisy_ids + segment * tokens + column, mask=inside, other=0)
+        response = tl.load(response_mask + row * tokens + column, mask=inside, other=0) != 0
+        masked = inside & response & (noisy == mask_token_id)
+        slot = base + tl.cumsum(masked.to(tl.int32), 0) - 1
+        hidden = tl.load(input_ids + row * tokens + column, mask=masked)
+        tl.store(rows + slot, segment * tokens + column, mask=masked)
+        tl.store(targets + slot, hidden, mask=masked)
+        base += tl.sum(masked.to(tl.int32), 0)
+        start += BLOCK
+
+
+def _tile(tokens: int) -> tuple[int, int]:
+    """Block and warps for rows of T tokens: a power of two, at least one warp wide, 8 tokens per thread at most."""
+    block = min(MAX_BLOCK, max(32, triton.next_power_of_2(tokens)))
+    return block, max(1, block // 256)
+
+
+def select(
+    input_ids: Tensor,  # [B, T] int64
+    response_mask: Tensor,  # [B, T] bool
+    prompt_mask: Tensor | None,  # [B, T] bool
+    sample_ids: Tensor,  # [B] int64
+    spec: DrawSpec,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy ids ``[B, m, T]``, masked counts ``[B, m] int32`` and token weights ``[B, m] fp32``."""
+    batch, tokens = input_ids.shape
+    device = input_ids.device
+    shape = (batch, spec.samples)
+    noisy = torch.empty((*shape, tokens), dtype=torch.int64, device=device)
+    count = torch.empty(shape, dtype=torch.int32, device=device)
+    weight = torch.empty(shape, dtype=torch.float32, device=device)
+    if noisy.numel() == 0:
+        return noisy, count.zero_(), weight.zero_()
+    boundary_key = torch.empty(shape, dtype=torch.int64, device=device)
+    boundary_position = torch.empty(shape, dtype=torch.int32, device=device)
+    rank = response_mask.cumsum(1, dtype=torch.int32)
+    positions = torch.where(response_mask, rank - 1, -1)
+    sample_ids = sample_ids.contiguous()
+    table = [None if t is None else t.to(device) for t in (spec.thresholds, spec.table_weights, spec.table_start)]
+    prompt_noise = prompt_mask is not None and spec.prompt_threshold > 0
+    seed = seed_words(spec.seed)
+    block, warps = _tile(tokens)
+    with torch.cuda.device_of(input_ids):
+        _boundary_kernel[(batch * spec.samples,)](
+            sample_ids, rank[:, -1].long(), *table, boundary_key, boundary_position, count, weight,
+            *seed, spec.lo, spec.samples, spec.n_mc,
+            SCHEME=spec.scheme, SCHEDULE=spec.schedule, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+        _noise_kernel[(batch * spec.samples * triton.cdiv(tokens, block),)](
+            input_ids.contiguous(), positions, prompt_mask.contiguous() if prompt_noise else None, sample_ids,
+            boundary_key, boundary_position, noisy, tokens, spec.mask_token_id, spec.prompt_threshold,
+            *seed, spec.lo, spec.samples,
+            COUPLED=spec.scheme == "coupled", PROMPT_NOISE=prompt_noise, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+    return noisy, count, weight
+
+
+def emit_rows(
+    noisy_ids: Tensor,  # [B, m, T] int64
+    input_ids: Tensor,  # [B, T] int64
+    response_mask: Tensor,  # [B, T] bool
+    segment_offsets: Tensor,  # [B*m + 1] int64
+    mask_token_id: int,
+    num_rows: int,
+) -> tuple[Tensor, Tensor]:
+    """Flat indices into B*m*T of the masked response tokens, ascending, and the tokens they hide: two ``[N] int64``."""
+    batch, samples, tokens = noisy_ids.shape
+    rows = torch.empty(num_rows, dtype=torch.int64, device=noisy_ids.device)
+    targets = torch.empty_like(rows)
+    if num_rows:
+        block, warps = _tile(tokens)
+        with torch.cuda.device_of(noisy_ids):
+            _emit_kernel[(batch * samples,)](
+                noisy_ids.contiguous(), input_ids.contiguous(), response_mask.contiguous(),
+                segment_offsets.contiguous(), rows, targets, tokens, samples, mask_token_id,
+                BLOCK=block, num_warps=warps,
+            )  # fmt: skip
+    return rows, targets

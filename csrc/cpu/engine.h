@@ -1,0 +1,64 @@
+// The CPU engine's entry points. The kernels are compiled once per instruction set (see kernels.cpp) and chosen at load.
+#pragma once
+
+#include <cstdint>
+
+#include "../bgpo/bound.h"
+
+namespace bgpo::cpu {
+
+enum class LogitType : int { kFloat = 0, kBFloat16 = 1, kDouble = 2 };
+
+// One chunk of logits [rows, vocab] with unit column stride.
+struct Chunk {
+    void* logits;
+    LogitType type;
+    int64_t rows, vocab, row_stride;
+    const int64_t* targets;
+    const void* bias;  // [vocab] fp32 (fp64 for fp64 logits), or null
+    double scale, softcap, temperature;
+    void* stats;  // [4, stats_stride]: max, sum, logprob, entropy; fp32 (fp64 for fp64 logits)
+    int64_t stats_stride;
+};
+
+struct DrawArgs {
+    const int64_t* input_ids;       // [batch, tokens]
+    const int64_t* response_start;  // [batch + 1]: offsets into `positions`
+    const int64_t* positions;       // index in T of every response token, sequence by sequence
+    const uint8_t* prompt_mask;     // [batch, tokens] or null
+    const int64_t* sample_ids;      // [batch]
+    int64_t batch, tokens, n, lo, hi;
+    uint64_t seed;
+    int64_t mask_token_id;
+    int scheme, schedule;
+    int64_t prompt_threshold;
+    const int64_t* thresholds;      // count tables, or null
+    const float* table_weights;
+    const int64_t* table_start;     // [batch]
+
+    int64_t response_length(int64_t b) const { return response_start[b + 1] - response_start[b]; }
+    const int64_t* response_positions(int64_t b) const { return positions + response_start[b]; }
+};
+
+struct Kernels {
+    const char* name;
+    void (*row_statistics)(const Chunk&, bool entropy, int threads);
+    void (*dlogits)(const Chunk&, const void* grad_logprob, const void* grad_entropy, int threads);
+    void (*select)(const DrawArgs&, int64_t* noisy, int32_t* count, float* weight, int threads);
+    void (*emit_rows)(const DrawArgs&, const int64_t* noisy, const int64_t* offsets, int64_t* rows, int64_t* targets,
+                      int threads);
+};
+
+extern const Kernels kernels_baseline;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+template <typename T>
+void segment_sum(const T* values, const int64_t* offsets, const float* weight, int64_t segments, T* out);
+template <typename T>
+void bound(const T* logprob, const float* advantages, const T* old, const float* length, int64_t batch, int64_t n,
+           const Clip& clip, T* term, T* slope);
+
+}  // namespace bgpo::cpu

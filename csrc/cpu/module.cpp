@@ -1,0 +1,127 @@
+// bgpo_kernels._cpu: raw addresses and sizes in, nothing of torch. Callers (native.py) check dtypes, shapes and strides.
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+#include "../bgpo/philox.h"
+#include "engine.h"
+
+namespace py = pybind11;
+using namespace bgpo;
+using namespace bgpo::cpu;
+
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+const Kernels* choose_kernels() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
+        return &kernels_avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+        return &kernels_avx2;
+#endif
+    return &kernels_baseline;
+}
+
+const Kernels* active = choose_kernels();
+
+// Lets tests run every instruction set that this machine has.
+void use_kernels(const std::string& name) {
+    if (name == kernels_baseline.name) { active = &kernels_baseline; return; }
+#if defined(__x86_64__)
+    const Kernels* best = choose_kernels();
+    if (name == kernels_avx2.name && best != &kernels_baseline) { active = &kernels_avx2; return; }
+    if (name == kernels_avx512.name && best == &kernels_avx512) { active = &kernels_avx512; return; }
+#endif
+    throw py::value_error("this machine cannot run " + name);
+}
+
+Chunk make_chunk(uintptr_t logits, int type, int64_t rows, int64_t vocab, int64_t row_stride, uintptr_t targets,
+                 uintptr_t bias, double scale, double softcap, double temperature, uintptr_t stats,
+                 int64_t stats_stride) {
+    return {pointer<void>(logits), static_cast<LogitType>(type), rows, vocab, row_stride,
+            pointer<const int64_t>(targets), pointer<const void>(bias), scale, softcap, temperature,
+            pointer<void>(stats), stats_stride};
+}
+
+// DrawArgs plus the index of response positions, which both passes over the segments need.
+struct Draw {
+    std::vector<int64_t> start, positions;
+    DrawArgs args;
+
+    Draw(uintptr_t ids, uintptr_t response, uintptr_t prompt, uintptr_t sample_ids, int64_t batch, int64_t tokens,
+         int64_t n, int64_t lo, int64_t hi, uint64_t seed, int64_t mask_token_id, int scheme, int schedule,
+         int64_t prompt_threshold, uintptr_t thresholds, uintptr_t table_weights, uintptr_t table_start)
+        : start(1, 0) {
+        const auto* in_response = pointer<const uint8_t>(response);
+        for (int64_t i = 0; i < batch * tokens; ++i) {
+            if (in_response[i]) positions.push_back(i % tokens);
+            if ((i + 1) % tokens == 0) start.push_back(static_cast<int64_t>(positions.size()));
+        }
+        args = {pointer<const int64_t>(ids), start.data(), positions.data(), pointer<const uint8_t>(prompt),
+                pointer<const int64_t>(sample_ids), batch, tokens, n, lo, hi, seed, mask_token_id, scheme, schedule,
+                prompt_threshold, pointer<const int64_t>(thresholds), pointer<const float>(table_weights),
+                pointer<const int64_t>(table_start)};
+    }
+    Draw(const Draw&) = delete;
+    Draw& operator=(const Draw&) = delete;
+};
+
+py::tuple philox_words(uint32_t x, uint32_t y, uint32_t z, uint32_t w, uint64_t seed) {
+    const Words r = philox({x, y, z, w}, seed);
+    return py::make_tuple(r.x, r.y, r.z, r.w);
+}
+
+template <typename T>
+void call_segment_sum(uintptr_t values, uintptr_t offsets, uintptr_t weight, int64_t segments, uintptr_t out) {
+    segment_sum(pointer<const T>(values), pointer<const int64_t>(offsets), pointer<const float>(weight), segments,
+                pointer<T>(out));
+}
+
+template <typename T>
+void call_bound(uintptr_t logprob, uintptr_t advantages, uintptr_t old, uintptr_t length, int64_t batch, int64_t n,
+                double clip_low, double clip_high, double dual_clip, uintptr_t term, uintptr_t slope) {
+    bound(pointer<const T>(logprob), pointer<const float>(advantages), pointer<const T>(old),
+          pointer<const float>(length), batch, n, Clip{clip_low, clip_high, dual_clip}, pointer<T>(term),
+          pointer<T>(slope));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+    using release = py::call_guard<py::gil_scoped_release>;
+    m.doc() = "Compiled CPU engine of bgpo_kernels";
+    m.attr("LOGIT_FLOAT") = static_cast<int>(LogitType::kFloat);
+    m.attr("LOGIT_BFLOAT16") = static_cast<int>(LogitType::kBFloat16);
+    m.attr("LOGIT_DOUBLE") = static_cast<int>(LogitType::kDouble);
+
+    py::class_<Chunk>(m, "Chunk").def(py::init(&make_chunk));
+    py::class_<Draw>(m, "Draw")
+        .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, uint64_t,
+                      int64_t, int, int, int64_t, uintptr_t, uintptr_t, uintptr_t>());
+
+    m.def("isa", [] { return std::string(active->name); });
+    m.def("use_kernels", &use_kernels);
+    m.def("philox", &philox_words);
+    m.def("row_statistics", [](const Chunk& c, bool entropy, int threads) {
+        active->row_statistics(c, entropy, threads); }, release());
+    m.def("dlogits", [](const Chunk& c, uintptr_t grad_logprob, uintptr_t grad_entropy, int threads) {
+        active->dlogits(c, pointer<const void>(grad_logprob), pointer<const void>(grad_entropy), threads);
+    }, release());
+    m.def("select", [](const Draw& d, uintptr_t noisy, uintptr_t count, uintptr_t weight, int threads) {
+        active->select(d.args, pointer<int64_t>(noisy), pointer<int32_t>(count), pointer<float>(weight), threads);
+    }, release());
+    m.def("emit_rows", [](const Draw& d, uintptr_t noisy, uintptr_t offsets, uintptr_t rows, uintptr_t targets,
+                          int threads) {
+        active->emit_rows(d.args, pointer<const int64_t>(noisy), pointer<const int64_t>(offsets), pointer<int64_t>(rows),
+                          pointer<int64_t>(targets), threads);
+    }, release());
+    m.def("segment_sum_f32", &call_segment_sum<float>, release());
+    m.def("segment_sum_f64", &call_segment_sum<double>, release());
+    m.def("bound_f32", &call_bound<float>, release());
+    m.def("bound_f64", &call_bound<double>, release());
+}
