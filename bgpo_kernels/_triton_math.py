@@ -1,5 +1,6 @@
 """Two roundings that Triton does not give by default, for the kernels that need them."""
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import triton

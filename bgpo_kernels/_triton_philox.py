@@ -6,6 +6,7 @@ releases, so nothing here leans on it. Cost: 10 rounds of two 32x32 -> 64 bit mu
 instructions for four words; no memory.
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import triton
