@@ -12,6 +12,8 @@ namespace bgpo {
 constexpr int kRadixBits = 8;
 constexpr int kRadixSize = 1 << kRadixBits;
 
+constexpr uint32_t kAllTies = 0xFFFFFFFFu;
+
 // A key is selected when it is below `key`, or equal to it and among the first `ties` such in position order.
 struct SelectionThreshold {
     uint64_t key;
@@ -30,20 +32,25 @@ BGPO_HD uint32_t radix_digit(const RadixState& s, uint64_t key) {
     return static_cast<uint32_t>(key >> (s.shift - kRadixBits)) & (kRadixSize - 1);
 }
 
+// Fixes the next digit: the one whose bucket of `size` matching keys, after the `below` smaller ones, holds the wanted.
+BGPO_HD void radix_fix(RadixState& s, uint32_t digit, uint32_t below, uint32_t size) {
+    s.remaining -= below;
+    s.shift -= kRadixBits;
+    s.prefix = (s.prefix << kRadixBits) | digit;
+    s.done = s.shift == 0 || size == s.remaining;
+}
+
 // Consumes one histogram of digits (of the matching keys) and fixes the next digit.
 BGPO_HD void radix_advance(RadixState& s, const uint32_t* histogram) {
     uint32_t digit = 0, below = 0;
     while (below + histogram[digit] < s.remaining) below += histogram[digit++];
-    s.remaining -= below;
-    s.shift -= kRadixBits;
-    s.prefix = (s.prefix << kRadixBits) | digit;
-    s.done = s.shift == 0 || histogram[digit] == s.remaining;
+    radix_fix(s, digit, below, histogram[digit]);
 }
 
 // After `done`: the whole last bucket is wanted (early stop), or all 64 bits are known and ties are counted.
 BGPO_HD SelectionThreshold radix_threshold(const RadixState& s) {
     if (s.shift == 0) return {s.prefix, s.remaining};
-    return {(s.prefix << s.shift) | ((uint64_t{1} << s.shift) - 1), 0xFFFFFFFFu};
+    return {(s.prefix << s.shift) | ((uint64_t{1} << s.shift) - 1), kAllTies};
 }
 
 }  // namespace bgpo

@@ -71,10 +71,31 @@ struct Transform {
 template <typename T>
 BGPO_HD T capped_tanh(T raw, const Transform<T>& f) { return tanh_(raw * f.scale / f.cap); }
 
+// A product that a CUDA compiler may not contract into a later subtraction: z minus the maximum of the z must be exactly
+// 0 at the maximum, or the sum could fall below 1 and a log-probability rise above 0.
+BGPO_HD float rounded_product(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    return __fmul_rn(a, b);
+#else
+    return a * b;
+#endif
+}
+BGPO_HD double rounded_product(double a, double b) {
+#if defined(__CUDA_ARCH__)
+    return __dmul_rn(a, b);
+#else
+    return a * b;
+#endif
+}
+
+// z from tanh(a / cap).
+template <typename T>
+BGPO_HD T from_tanh(T tanh_a, const Transform<T>& f) { return rounded_product(f.cap * tanh_a, f.inv_temperature); }
+
 template <bool kCap, typename T>
 BGPO_HD T transformed(T raw, const Transform<T>& f) {
-    if constexpr (kCap) return f.cap * capped_tanh(raw, f) * f.inv_temperature;
-    else return raw * (f.scale * f.inv_temperature);
+    if constexpr (kCap) return from_tanh(capped_tanh(raw, f), f);
+    else return rounded_product(raw, f.scale * f.inv_temperature);
 }
 
 // Running (max, sum, weighted sum) of a row; `Acc` is the type of the sums (fp64 costs nothing per block on a CPU).
@@ -128,7 +149,7 @@ BGPO_HD T class_gradient(T raw, const Transform<T>& f, const RowGradient<T>& row
     T z, chain = row.chain;
     if constexpr (kCap) {
         const T tanh_a = capped_tanh(raw, f);
-        z = f.cap * tanh_a * f.inv_temperature;
+        z = from_tanh(tanh_a, f);
         chain *= T(1) - tanh_a * tanh_a;
     } else {
         z = transformed<false>(raw, f);

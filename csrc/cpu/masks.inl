@@ -4,8 +4,8 @@
 // emit_rows  per segment: one look at its L response positions.
 // No floating point but the fp32 weight; no state; any split over threads gives the same bits.
 
+#include "../bgpo/draw.h"
 #include "../bgpo/select.h"
-#include "../bgpo/stream.h"
 #include "philox_lanes.h"
 
 namespace bgpo::cpu {
@@ -44,46 +44,23 @@ SelectionThreshold threshold_of(const Scratch& s, int64_t length, int64_t count)
     return radix_threshold(state);
 }
 
-struct Count {
-    int64_t masked;   // tokens masked in this segment
-    int64_t drawn;    // l: how many of the smallest keys are selected
-    bool complement;  // mask the others instead
-    float weight;
-};
-
-Count draw_count(const DrawArgs& a, int64_t b, uint32_t j, int64_t length) {
-    const bool stratified = a.schedule == kStratified;
-    const double full = static_cast<double>(length);
-    if (a.scheme == kFull) return {length, length, false, 1.0f};
-    if (a.scheme == kCoupled) {
-        const uint32_t r = count_word(j & ~1u, a.sample_ids[b], a.seed);
-        const int64_t l = coupled_count(j / 2, r, length, a.n, stratified);
-        const int64_t masked = j % 2 ? length - l : l;
-        return {masked, l, j % 2 == 1, masked ? ratio_weight(full + 1.0, static_cast<double>(masked)) : 0.0f};
-    }
-    const uint32_t r = count_word(j, a.sample_ids[b], a.seed);
-    if (a.schedule == kTable) {
-        const int64_t at = a.table_start[b];
-        const int64_t l = table_count(a.thresholds + at, length, stratum(j, r));
-        return {l, l, false, a.table_weights[at + l - 1]};
-    }
-    const int64_t l = stratified ? stratified_count(j, r, length, a.n) : uniform_count(r, length);
-    return {l, l, false, ratio_weight(full, static_cast<double>(l))};
+CountLaw law_of(const DrawArgs& a, int64_t b) {
+    const int64_t at = a.schedule == kTable ? a.table_start[b] : 0;
+    return {a.scheme, a.schedule, a.n, a.thresholds + at, a.table_weights + at};
 }
 
 void mask_bernoulli(const DrawArgs& a, int64_t b, uint32_t j, int64_t length, const int64_t* where, Scratch& s,
                     int64_t* noisy, int32_t& count, float& weight) {
-    const uint32_t r = count_word(j, a.sample_ids[b], a.seed);
-    const int64_t q = bernoulli_threshold(j, r, a.n, a.schedule == kStratified);
+    const BernoulliDraw draw = draw_bernoulli(law_of(a, b), j, a.sample_ids[b], a.seed);
     make_keys(length, j, a.sample_ids[b], a.seed, s.keys);
     int32_t masked = 0;
     for (int64_t p = 0; p < length; ++p)
-        if (static_cast<int64_t>(s.keys[p] >> 32) < q) {
+        if (static_cast<int64_t>(s.keys[p] >> 32) < draw.threshold) {
             noisy[where[p]] = a.mask_token_id;
             ++masked;
         }
     count = masked;
-    weight = ratio_weight(4294967296.0, static_cast<double>(q));
+    weight = draw.weight;
 }
 
 void mask_selected(const DrawArgs& a, int64_t b, uint32_t j, int64_t length, const int64_t* where, Scratch& s,
@@ -93,8 +70,7 @@ void mask_selected(const DrawArgs& a, int64_t b, uint32_t j, int64_t length, con
         for (int64_t p = 0; p < length; ++p) noisy[where[p]] = a.mask_token_id;
         return;
     }
-    const uint32_t key_sample = c.complement ? j - 1 : j;  // the odd sample of a pair uses its partner's keys
-    make_keys(length, key_sample, a.sample_ids[b], a.seed, s.keys);
+    make_keys(length, key_sample(c, j), a.sample_ids[b], a.seed, s.keys);
     const SelectionThreshold t = threshold_of(s, length, c.drawn);
     uint32_t ties = t.ties;
     for (int64_t p = 0; p < length; ++p) {
@@ -131,7 +107,7 @@ void select(const DrawArgs& a, int64_t* noisy, int32_t* count, float* weight, in
             if (a.scheme == kBernoulli) {
                 mask_bernoulli(a, b, j, length, a.response_positions(b), scratch, ids, count[s], weight[s]);
             } else {
-                const Count c = draw_count(a, b, j, length);
+                const Count c = draw_count(law_of(a, b), j, a.sample_ids[b], a.seed, length);
                 mask_selected(a, b, j, length, a.response_positions(b), scratch, ids, c);
                 count[s] = static_cast<int32_t>(c.masked);
                 weight[s] = c.weight;
