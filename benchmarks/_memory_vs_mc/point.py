@@ -1,0 +1,109 @@
+"""One point of the sweep, run as a process of its own: `python -m _memory_vs_mc.point SPEC.json`.
+
+It limits its memory, builds the model and its gradients, warms libraries and threads up on a few tokens through the
+body alone, takes the memory then held as the baseline, and only then runs the update. Writes its result to SPEC's
+`result` file; running out of memory is a result like any other.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _measure import PeakMemory, is_out_of_memory, limit_memory, synchronize
+from torch import nn
+
+from _memory_vs_mc.methods import METHODS, Batch
+from bgpo_kernels.models.llada import build_llada, llada_config, make_bidirectional
+
+REPEAT_SECONDS, MOST_UPDATES = 2.0, 5  # short updates are timed again until this much time or this many updates
+COMPARED_ENTRIES = 1 << 25  # gradients with more entries than this are compared on an even sample of them
+
+
+def main(spec_path: str) -> None:
+    """Run the point described by the JSON file `spec_path` and write its result."""
+    spec = json.loads(Path(spec_path).read_text())
+    result: dict[str, Any] = {}
+    try:
+        if spec["memory_budget"] is not None:
+            limit_memory(spec["device"], spec["memory_budget"])
+        measure(spec, result)
+        result["status"] = "ok"
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        result |= {"status": "out of memory", "message": str(error).split("\n")[0]}
+    Path(spec["result"]).write_text(json.dumps(result))
+
+
+def measure(spec: dict[str, Any], result: dict[str, Any]) -> None:
+    """Fill `result`: baseline and peak bytes, seconds of every update; save the gradient of the first one."""
+    device, dtype = torch.device(spec["device"]), getattr(torch, spec["dtype"])
+    model = _model(spec, dtype, device)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    _warm_up(model, device)
+    batch = _batch(spec, device)
+    update = METHODS[spec["method"]].update
+    memory = PeakMemory(device)
+    memory.start()
+    result |= {"baseline_bytes": memory.baseline, "instrument": memory.how, "seconds": [], "peak_bytes": []}
+    while not result["seconds"] or (sum(result["seconds"]) < REPEAT_SECONDS and len(result["seconds"]) < MOST_UPDATES):
+        model.zero_grad(set_to_none=False)
+        memory.start()
+        synchronize(device)
+        begin = time.perf_counter()
+        update(model, batch)
+        synchronize(device)
+        result["seconds"].append(time.perf_counter() - begin)
+        result["peak_bytes"].append(memory.above())
+        if len(result["seconds"]) == 1:
+            result |= _save_gradient(model, Path(spec["gradient"]))
+
+
+def _model(spec: dict[str, Any], dtype: torch.dtype, device: torch.device) -> nn.Module:
+    if spec["model"] is None:
+        return build_llada(llada_config(spec["shape"]), dtype, device, spec["seed"])
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    where = {"trust_remote_code": spec["trust_remote_code"], "local_files_only": True, "dtype": dtype}
+    try:
+        model = AutoModelForMaskedLM.from_pretrained(spec["model"], **where)
+    except ValueError:  # the architecture has no masked-LM class: diffusion LMs are registered as causal ones
+        model = AutoModelForCausalLM.from_pretrained(spec["model"], **where)
+    if getattr(model.config, "is_causal", True) is False:
+        make_bidirectional(model)
+    return model.to(device).eval()
+
+
+def _warm_up(model: nn.Module, device: torch.device) -> None:
+    """One forward and backward through the body: thread pools and library code are then in memory for every method."""
+    body = getattr(model, "base_model", model)
+    hidden = body(input_ids=torch.zeros(1, 8, dtype=torch.long, device=device))[0]
+    hidden.float().square().sum().backward()
+    model.zero_grad(set_to_none=False)
+
+
+def _batch(spec: dict[str, Any], device: torch.device) -> Batch:
+    arrays = {name: torch.from_numpy(array).to(device) for name, array in np.load(spec["tokens"]).items()}
+    return Batch(**arrays, mask_token_id=spec["mask_token_id"], n_mc=spec["n_mc"], seed=spec["seed"])
+
+
+def _save_gradient(model: nn.Module, path: Path) -> dict[str, Any]:
+    """Save the gradient, or every k-th entry of it, as one fp32 vector; returns how many entries there were and are."""
+    gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+    total = sum(gradient.numel() for gradient in gradients)
+    stride = -(-total // COMPARED_ENTRIES)
+    with path.open("wb") as file:
+        for gradient in gradients:
+            gradient[::stride].float().cpu().numpy().tofile(file)
+    return {"gradient_entries": total, "gradient_compared": path.stat().st_size // 4}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
