@@ -41,7 +41,7 @@ def bound(
     """Bound term of each sample and its derivative with respect to ``logprob``: two ``[B, n]``."""
     advantage = advantages[:, None].to(logprob.dtype)
     scale = 1.0 if length is None else length[:, None].to(logprob.dtype)
-    d = torch.zeros_like(logprob) if old is None else (logprob - old) / scale
+    d = (logprob - (logprob.detach() if old is None else old)) / scale  # on-policy: 0 with the gradient of logprob
     linear = 1.0 + d
     ratio = torch.exp(d)
     positive = advantage >= 0

@@ -62,12 +62,13 @@ def _bound_kernel(
     row = index // samples
     advantage = tl.load(advantages + row, mask=inside, other=0.0).to(DTYPE)
     length = tl.full([BLOCK], 1.0, DTYPE)
-    d = tl.zeros([BLOCK], DTYPE)
     if lengths is not None:
         length = tl.load(lengths + row, mask=inside, other=1.0).to(DTYPE)
+    new = tl.load(logprob + index, mask=inside, other=0.0)
+    base = new  # on-policy: d is 0, or NaN where the log-probability is not finite
     if old is not None:
-        d = tl.load(logprob + index, mask=inside, other=0.0) - tl.load(old + index, mask=inside, other=0.0).to(DTYPE)
-        d = divide(d, length)
+        base = tl.load(old + index, mask=inside, other=0.0).to(DTYPE)
+    d = divide(new - base, length)
     linear = 1.0 + d
     ratio = tl.exp(d.to(tl.float64)).to(DTYPE)  # the fast fp32 exponential loses |d| ulp, and there are few samples
     highest = tl.full([BLOCK], 1.0 + CLIP_HIGH, DTYPE)

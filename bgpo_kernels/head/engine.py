@@ -26,7 +26,7 @@ from torch import Tensor
 from ..backends import engine
 from ..bound.ops import spread
 from ..workspace import chunk_capacity, logits_buffer
-from .chunks import cut, plan
+from .chunks import Group, cut, plan
 from .options import LogitTransform
 
 
@@ -215,9 +215,7 @@ class Segments:
 Coefficients = Callable[[int, int, Tensor], Tensor]
 
 
-def one_pass(
-    head: Head, segments: Segments, coefficients: Coefficients, known: bool, into: Gradients
-) -> Tensor:
+def one_pass(head: Head, segments: Segments, coefficients: Coefficients, known: bool, into: Gradients) -> Tensor:
     """Segment sums ``[S]`` and the gradients of a loss whose slope by each sum is given by ``coefficients``.
 
     ``known``: the slope does not depend on the sums, so that even a segment larger than the workspace needs no second
@@ -226,37 +224,75 @@ def one_pass(
     stats, weight = new_stats(head), head.gemm_weight()
     sums = torch.empty(len(segments.host_offsets) - 1, dtype=head.stats_dtype, device=head.hidden.device)
     groups = plan(segments.host_offsets, head.capacity)
-    pieces = sum(len(group.pieces) for group in groups)
-
+    single = sum(len(group.pieces) for group in groups) == 1
     for group in groups:
-        offsets = segments.offsets[group.first : group.last + 1] - group.begin
-        token_weight = segments.weight[group.first : group.last]
-
-        def upstream(group=group, offsets=offsets, token_weight=token_weight) -> Tensor:
-            slope = coefficients(group.first, group.last, sums[group.first : group.last])
-            return spread(slope.to(stats.dtype) * token_weight.to(stats.dtype), offsets, group.end - group.begin)
-
-        def reduce(group=group, offsets=offsets, token_weight=token_weight) -> None:
-            kernels = engine("bound", head.backend)
-            logprob = stats[2, group.begin : group.end]
-            sums[group.first : group.last] = kernels.segment_sum(logprob, offsets, token_weight)
-
+        run = _GroupRun(head, weight, segments, group, stats, sums, coefficients, into)
         if len(group.pieces) == 1:
-            chunk = _Chunk(head, weight, *group.pieces[0])
-            chunk.statistics(stats, entropy=False)
-            reduce()
-            chunk.backward(stats, upstream(), None, into, last=pieces == 1)
-            continue
-        grad = upstream() if known and group.pieces else None
-        for begin, end in group.pieces:
-            chunk = _Chunk(head, weight, begin, end)
-            chunk.statistics(stats, entropy=False)
-            if grad is not None:
-                chunk.backward(stats, grad[begin - group.begin : end - group.begin], None, into, last=False)
-        reduce()
-        if grad is None and group.pieces:
-            grad = upstream()
-            for begin, end in group.pieces:
-                chunk = _Chunk(head, weight, begin, end)
-                chunk.backward(stats, grad[begin - group.begin : end - group.begin], None, into, last=False)
+            run.in_one_chunk(single)
+        elif known:
+            run.piece_by_piece()
+        else:
+            run.twice()
     return sums
+
+
+@dataclass(frozen=True)
+class _GroupRun:
+    """One group of segments on its way through the head."""
+
+    head: Head
+    weight: Tensor
+    segments: Segments
+    group: Group
+    stats: Tensor  # [4, N]
+    sums: Tensor  # [S]
+    coefficients: Coefficients
+    into: Gradients
+
+    def in_one_chunk(self, single: bool) -> None:
+        chunk = self.chunk(self.group.pieces[0])
+        chunk.statistics(self.stats, entropy=False)
+        self.reduce()
+        chunk.backward(self.stats, self.upstream(), None, self.into, last=single)
+
+    def piece_by_piece(self) -> None:
+        grad = self.upstream() if self.group.pieces else None
+        for piece in self.group.pieces:
+            chunk = self.chunk(piece)
+            chunk.statistics(self.stats, entropy=False)
+            self.backward(chunk, grad)
+        self.reduce()
+
+    def twice(self) -> None:
+        for piece in self.group.pieces:
+            self.chunk(piece).statistics(self.stats, entropy=False)
+        self.reduce()
+        grad = self.upstream() if self.group.pieces else None
+        for piece in self.group.pieces:
+            self.backward(self.chunk(piece), grad)
+
+    def chunk(self, piece: tuple[int, int]) -> _Chunk:
+        return _Chunk(self.head, self.weight, *piece)
+
+    def backward(self, chunk: _Chunk, grad: Tensor | None) -> None:
+        assert grad is not None
+        part = grad[chunk.begin - self.group.begin : chunk.end - self.group.begin]
+        chunk.backward(self.stats, part, None, self.into, last=False)
+
+    def reduce(self) -> None:
+        """Sums of the group's segments."""
+        kernels = engine("bound", self.head.backend)
+        logprob = self.stats[2, self.group.begin : self.group.end]
+        self.sums[self.group.first : self.group.last] = kernels.segment_sum(logprob, *self.local())
+
+    def upstream(self) -> Tensor:
+        """d loss / d logp of each row of the group."""
+        offsets, token_weight = self.local()
+        first, last = self.group.first, self.group.last
+        slope = self.coefficients(first, last, self.sums[first:last]).to(self.stats.dtype)
+        return spread(slope * token_weight.to(self.stats.dtype), offsets, self.group.end - self.group.begin)
+
+    def local(self) -> tuple[Tensor, Tensor]:
+        """Offsets relative to the group, and token weights of its segments."""
+        first, last = self.group.first, self.group.last
+        return self.segments.offsets[first : last + 1] - self.group.begin, self.segments.weight[first:last]

@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..bound.reference import bound, segment_sum
+from ..masks.draw import MaskDraw
 from .options import LogitTransform
 
 
@@ -36,6 +38,26 @@ def masked_logprob(
     logp = torch.log_softmax(transform.apply(raw), dim=-1)
     entropy = -(torch.where(logp == -torch.inf, 0.0, logp) * logp.exp()).sum(-1)
     return logp.gather(-1, targets[:, None])[:, 0], entropy
+
+
+def bgpo_head_loss(
+    hidden: Tensor,  # [R, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    draw: MaskDraw,
+    transform: LogitTransform,
+    advantages: Tensor,  # [B]
+    old: Tensor | None,  # [B, n]
+    length: Tensor | None,  # [B]
+    clip: tuple[float, float, float],
+    normalizer: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, log-probability sums [B, n] and slopes [B, n], by composition; autograd does the gradients."""
+    logp, _ = masked_logprob(hidden, weight, bias, draw.rows, draw.targets, transform)
+    sums = segment_sum(logp, draw.segment_offsets, draw.segment_weight.flatten()).view(draw.segment_weight.shape)
+    term, slope = bound(sums, advantages, None if old is None else old.to(sums.dtype), length, *clip)
+    loss = -(term.sum(dtype=torch.float64) / (normalizer * draw.n_mc)).to(sums.dtype)
+    return loss, sums.detach(), slope.detach()
 
 
 def _transformed(logits: Tensor, bias: Tensor | None, transform: LogitTransform, acc: torch.dtype) -> Tensor:

@@ -60,13 +60,13 @@ def random_mask(
             the mask token, negative ids, n_mc < 1 or odd for coupled, seed or mc_range out of range, an unknown scheme
             or schedule, a backend that cannot serve the device.
     """
-    _check_tensors(input_ids, response_mask, sample_ids, prompt_mask)
+    check_draw_tensors(input_ids, response_mask, sample_ids, prompt_mask)
     lo, hi = _check_numbers(n_mc, seed, mask_token_id, mc_range, scheme, schedule)
     probability = check.number("prompt_mask_prob", prompt_mask_prob, 0.0, high=1.0)
     if probability > 0 and prompt_mask is None:
         raise ValueError("prompt_mask_prob > 0 needs prompt_mask [B, T] bool")
     resolved = resolve(backend, input_ids.device)
-    lengths, max_id = _check_values(input_ids, response_mask, prompt_mask, mask_token_id, n_mc)
+    lengths, max_id = check_response(input_ids, response_mask, prompt_mask, mask_token_id, n_mc)
     if sample_ids is None:
         sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
     spec = _spec(scheme, schedule, n_mc, lo, hi, seed, mask_token_id, probability, lengths, input_ids.device)
@@ -116,7 +116,8 @@ def _spec(scheme, schedule, n_mc, lo, hi, seed, mask_token_id, probability, leng
     return DrawSpec(scheme, "table", n_mc, lo, hi, seed, mask_token_id, threshold, *tables)
 
 
-def _check_tensors(input_ids: Any, response_mask: Any, sample_ids: Any, prompt_mask: Any) -> None:
+def check_draw_tensors(input_ids: Any, response_mask: Any, sample_ids: Any, prompt_mask: Any) -> None:
+    """Types, shapes and devices of what a draw reads."""
     check.dtype("input_ids", check.tensor("input_ids", input_ids), torch.int64)
     check.shape("input_ids", input_ids, ("B", "T"))
     size = tuple(input_ids.shape)
@@ -156,7 +157,7 @@ def _check_numbers(n_mc, seed, mask_token_id, mc_range, scheme, schedule) -> tup
     return lo, check.integer("mc_range[1]", mc_range[1], lo + 1, n_mc)
 
 
-def _check_values(
+def check_response(
     input_ids: Tensor, response_mask: Tensor, prompt_mask: Tensor | None, mask_token_id: int, n_mc: int
 ) -> tuple[list[int], int]:
     """Checks of tensor values, and the response lengths and largest response id on the host."""

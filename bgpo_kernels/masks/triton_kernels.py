@@ -40,6 +40,11 @@ def _selection_key(position, sample, sample_id, seed_low, seed_high):
 
 
 @triton.jit
+def _largest_key():
+    return tl.full([], -1, tl.int64).to(tl.uint64, bitcast=True)  # older interpreters cannot invert a uint64
+
+
+@triton.jit
 def _count_not_above(key_bound, length, sample, sample_id, seed_low, seed_high, BLOCK: tl.constexpr):
     """Number of the response's keys that are <= key_bound."""
     found = tl.zeros([BLOCK], tl.int32)
@@ -77,7 +82,7 @@ def _boundary_of(wanted, length, sample, sample_id, seed_low, seed_high, BLOCK: 
     2m+2 aim at the middle of the gap after the k-th of m uniform keys.
     """
     low = tl.full([], 0, tl.uint64)
-    high = ~low
+    high = _largest_key()
     bound = high
     below = wanted * 0
     reached = length
@@ -182,7 +187,7 @@ def _boundary_kernel(
 
     end = length
     if SCHEME == "full":
-        bound = ~tl.full([], 0, tl.uint64)
+        bound = _largest_key()
         count = length
         weight = 1.0
     elif SCHEME == "bernoulli":

@@ -1,0 +1,164 @@
+"""How many MC samples run at once, and what happens when memory runs out.
+
+A micro-batch is a range of samples of one sequence. Its size depends on the sequence's length alone (not on gradients,
+policy or batch), so that old and new policy meet the same batch shapes and agree bit for bit at equal weights; what an
+out-of-memory has taught is kept per model.
+
+With ``micro_batch_tokens=None``: 2048 tokens on a CPU (GEMMs are at full rate, activations stay small); on a GPU as
+many as a rough estimate of activation memory allows, 16384 at most, halved on out-of-memory. Halving never changes a
+result: masks do not depend on micro-batches, and a failed micro-batch leaves no trace in any .grad.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .. import validation as check
+from ..models import unwrap
+from .problem import Problem
+from .sink import HeadSink
+
+CPU_TOKENS = 2048
+MAX_CUDA_TOKENS = 16384
+#: fp32-equivalent activations of a transformer layer per token and hidden unit, without checkpointing: attention and
+#: MLP inputs, queries, keys, values, gate and up projections (about 34 16-bit numbers, Korthikanti et al. 2022).
+BYTES_PER_HIDDEN = 68
+
+_learned: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # tokens per micro-batch that fitted, or were cut to
+
+
+class MicroBatches:
+    """Walks over (sequence, sample range) in a fixed order, shrinking the range when memory runs out."""
+
+    def __init__(self, problem: Problem, micro_batch_tokens: int | None) -> None:
+        self.problem = problem
+        self.automatic = micro_batch_tokens is None
+        if micro_batch_tokens is None:
+            key = unwrap(problem.model)
+            if key not in _learned:
+                _learned[key] = _first_guess(problem)
+            self.tokens = _learned[key]
+        else:
+            self.tokens = check.integer("micro_batch_tokens", micro_batch_tokens, 1)
+
+    def ranges(self, b: int) -> Iterator[tuple[int, int]]:
+        """Sample ranges of sequence b; the size is read anew at every step."""
+        lo, n = 0, self.problem.n_mc
+        while lo < n:
+            hi = min(n, lo + max(1, self.tokens // self.problem.sequences[b].tokens))
+            yield lo, hi
+            lo = hi
+
+    def shrink(self, b: int) -> bool:
+        """Halve after an out-of-memory; False when one sample of sequence b was all there was."""
+        tokens = self.problem.sequences[b].tokens
+        if not self.automatic or self.tokens < 2 * tokens:
+            return False
+        self.tokens = _learned[unwrap(self.problem.model)] = max(tokens, self.tokens // 2)
+        return True
+
+    def run(self, sequences: list[int], body: Callable[[int, int, int], None], restart: Callable[[], None]) -> None:
+        """``body(b, lo, hi)`` for every range; after an out-of-memory ``restart`` undoes all and the walk begins anew."""
+        while (failed := self._walk(sequences, body)) is not None:
+            b, error = failed
+            # Outside the except block: the traceback no longer keeps the failed graph alive.
+            restart()
+            if not self.shrink(b):
+                raise torch.OutOfMemoryError(
+                    f"{error}\nbgpo_kernels: one sample of {self.problem.sequences[b].tokens} tokens does not fit"
+                    + ("" if self.automatic else f" (micro_batch_tokens={self.tokens}; None would halve it)")
+                    + "; use gradient checkpointing or a smaller workspace (set_workspace_bytes)"
+                )
+            if self.problem.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _walk(self, sequences: list[int], body: Callable[[int, int, int], None]) -> tuple[int, str] | None:
+        for b in sequences:
+            for lo, hi in self.ranges(b):
+                try:
+                    body(b, lo, hi)
+                except torch.OutOfMemoryError as error:
+                    return b, str(error)
+        return None
+
+
+def _first_guess(problem: Problem) -> int:
+    if problem.device.type != "cuda":
+        return CPU_TOKENS
+    config = getattr(unwrap(problem.model), "config", None)
+    hidden = getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or 4096
+    layers = getattr(config, "num_hidden_layers", None) or getattr(config, "n_layers", None) or 32
+    free, _total = torch.cuda.mem_get_info(problem.device)
+    free += torch.cuda.memory_reserved(problem.device) - torch.cuda.memory_allocated(problem.device)
+    return int(min(MAX_CUDA_TOKENS, max(1, free // (hidden * layers * BYTES_PER_HIDDEN))))
+
+
+class GradientGuard:
+    """Makes a call that accumulates into .grad all or nothing.
+
+    Gradients that exist when the call begins are set aside and added back at its end, so that a failure at any moment
+    can be undone exactly; the price, one more set of gradients, is paid only by calls that add to existing ones.
+    """
+
+    def __init__(self, model: nn.Module, sink: HeadSink) -> None:
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._sink = sink
+        self._aside = [p.grad for p in self._parameters]
+
+    def clear(self) -> None:
+        """Drop what this call has accumulated so far."""
+        self._sink.reset()
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Inside, .grad holds this call's gradients alone; leaving adds them to the earlier ones, or restores those."""
+        self.clear()
+        try:
+            yield
+            self._sink.flush()
+            self._assert_finite()
+        except BaseException:
+            self.clear()
+            for parameter, before in zip(self._parameters, self._aside, strict=True):
+                parameter.grad = before
+            raise
+        for parameter, before in zip(self._parameters, self._aside, strict=True):
+            if before is None:
+                continue
+            if parameter.grad is not None:
+                before.add_(parameter.grad)
+            parameter.grad = before
+
+    def _assert_finite(self) -> None:
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if gradients and not bool(torch.isfinite(largest_magnitude(gradients))):
+            raise FloatingPointError(
+                "non-finite gradient: nothing was added to .grad; skip this step (log-probabilities were "
+                "finite, so the overflow is in the model's backward)"
+            )
+
+
+def largest_magnitude(tensors: list[Tensor]) -> Tensor:
+    """max |x| over all entries as a scalar on the first tensor's device; NaN if there is one."""
+    device = tensors[0].device
+    tops = [t.detach().abs().amax().to(device=device, dtype=torch.float64) for t in tensors if t.numel()]
+    return torch.stack(tops).amax() if tops else torch.zeros((), device=device)
+
+
+def assert_finite_logprob(logprob: Tensor, sample_ids: list[int]) -> None:
+    """FloatingPointError that names the sequences whose log-probabilities are not finite."""
+    bad = ~torch.isfinite(logprob)
+    if bool(bad.any()):
+        places = bad.nonzero()[:4].tolist()
+        named = [(sample_ids[b], j) for b, j in places]
+        raise FloatingPointError(
+            f"non-finite log-probability for (sample id, MC sample) {named}: nothing was added to .grad; skip this "
+            "step and look at these inputs, the weights, or the learning rate"
+        )

@@ -1,0 +1,179 @@
+"""What the three model-level calls share: checked inputs, sequences without their padding, and their draws.
+
+MC samples of one sequence all have its length, so a micro-batch holds samples of one sequence only: no padding, no
+attention mask, no packing, and results that do not depend on which sequences share a batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import validation as check
+from ..backends import resolve
+from ..head.options import LogitTransform
+from ..masks.draw import MaskDraw
+from ..masks.functional import check_draw_tensors, check_response, draw_unchecked, make_spec
+from ..masks.schedule import CountSchedule, DrawSpec
+from ..models import HeadSpec, assert_bidirectional, find_head, forward_kwargs, unwrap
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One sequence without padding."""
+
+    keep: Tensor  # [T'] int64: its tokens' places in the padded row
+    input_ids: Tensor  # [1, T']
+    response_mask: Tensor  # [1, T']
+    sample_id: Tensor  # [1]
+    length: int  # L
+
+    @property
+    def tokens(self) -> int:
+        """T'."""
+        return self.input_ids.shape[1]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model, its head, and B sequences with n_mc maskings each."""
+
+    model: nn.Module
+    head: HeadSpec
+    sequences: list[Sequence]
+    n_mc: int
+    spec: DrawSpec | None  # None: an explicit draw
+    explicit: MaskDraw | None
+    transform: LogitTransform
+    backend: str
+    device: torch.device
+    max_id: int
+    forward_kwargs: dict[str, Any]
+
+    def draw(self, b: int, lo: int, hi: int) -> MaskDraw:
+        """Samples lo..hi-1 of sequence b, bit for bit those of the full draw."""
+        sequence = self.sequences[b]
+        if self.explicit is not None:
+            return self.explicit.sequence(b, lo, hi, sequence.keep)
+        assert self.spec is not None
+        start = None if self.spec.table_start is None else self.spec.table_start[b : b + 1]
+        spec = replace(self.spec, lo=lo, hi=hi, table_start=start)
+        return draw_unchecked(
+            sequence.input_ids, sequence.response_mask, None, sequence.sample_id, spec, self.backend, self.max_id
+        )
+
+    @property
+    def score_dtype(self) -> torch.dtype:
+        """fp32, or fp64 for a model in fp64."""
+        return torch.float64 if self.head.module.weight.dtype == torch.float64 else torch.float32
+
+    def lengths(self) -> Tensor:
+        """Response lengths ``[B] fp32``."""
+        return torch.tensor([float(s.length) for s in self.sequences], device=self.device)
+
+
+def prepare(
+    model: nn.Module,
+    input_ids: Tensor,
+    response_mask: Tensor,
+    *,
+    n_mc: int,
+    seed: int,
+    attention_mask: Tensor | None,
+    sample_ids: Tensor | None,
+    scheme: str,
+    schedule: str | CountSchedule,
+    mask_token_id: int | None,
+    temperature: float,
+    draw: MaskDraw | None,
+    head: nn.Module | HeadSpec | None,
+    backend: str,
+) -> Problem:
+    """Check everything a user can get wrong, once, before any forward pass."""
+    check_draw_tensors(input_ids, response_mask, sample_ids, None)
+    spec = find_head(model, head)
+    transform = LogitTransform(
+        spec.logit_scale, spec.softcap, check.number("temperature", temperature, 0.0, exclusive=True)
+    )
+    attended = _attended(attention_mask, input_ids, response_mask)
+    mask_token_id = -1 if draw is not None else _mask_token_id(model, mask_token_id)
+    n_mc = n_mc if draw is None else draw.n_mc
+    lengths, max_id = check_response(input_ids, response_mask, None, mask_token_id, n_mc)
+    _check_vocabulary(model, spec, max_id, mask_token_id, input_ids if attended is None else input_ids[attended])
+    if spec.shift and bool(response_mask[:, : spec.shift].any()):
+        raise ValueError(f"row i-{spec.shift} predicts token i in this model, so the response cannot start at index 0")
+    if sample_ids is None:
+        sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
+    draw_spec = None
+    if draw is None:
+        draw_spec = make_spec(scheme, schedule, n_mc, seed, mask_token_id, lengths, input_ids.device)
+    else:
+        _check_explicit(draw, input_ids)
+    assert_bidirectional(model, spec)
+    return Problem(
+        model, spec, _sequences(input_ids, response_mask, attended, sample_ids, lengths), n_mc, draw_spec, draw,
+        transform, resolve(backend, input_ids.device), input_ids.device, max_id, forward_kwargs(model),
+    )  # fmt: skip
+
+
+def _sequences(
+    input_ids: Tensor, response_mask: Tensor, attended: Tensor | None, sample_ids: Tensor, lengths: list[int]
+) -> list[Sequence]:
+    everything = torch.arange(input_ids.shape[1], device=input_ids.device)
+    found = []
+    for b, length in enumerate(lengths):
+        keep = everything if attended is None else attended[b].nonzero().flatten()
+        ids, response = input_ids[b : b + 1, keep], response_mask[b : b + 1, keep]
+        found.append(Sequence(keep, ids, response, sample_ids[b : b + 1], length))
+    return found
+
+
+def _attended(attention_mask: Any, input_ids: Tensor, response_mask: Tensor) -> Tensor | None:
+    """Boolean [B, T] of real tokens, or None when there is no padding to speak of."""
+    if attention_mask is None:
+        return None
+    check.tensor("attention_mask", attention_mask)
+    check.shape("attention_mask", attention_mask, tuple(input_ids.shape), " (as input_ids; 1 marks tokens, 0 padding)")
+    check.same_device("attention_mask", attention_mask, "input_ids", input_ids)
+    attended = attention_mask.bool()
+    if attention_mask.dtype != torch.bool and not bool((attended == attention_mask).all()):
+        raise ValueError("attention_mask must hold 0 and 1 only; additive masks are not padding masks")
+    outside = response_mask & ~attended
+    if bool(outside.any()):
+        rows = outside.any(-1).nonzero().flatten()[:8].tolist()
+        raise ValueError(f"response_mask marks padding (attention_mask 0) as response in row(s) {rows}")
+    return attended
+
+
+def _mask_token_id(model: nn.Module, given: int | None) -> int:
+    if given is not None:
+        return check.integer("mask_token_id", given, 0)
+    found = getattr(getattr(unwrap(model), "config", None), "mask_token_id", None)
+    if found is None:
+        raise ValueError("mask_token_id is missing: the model's config has none, so pass the tokenizer's mask_token_id")
+    return int(found)
+
+
+def _check_vocabulary(model: nn.Module, spec: HeadSpec, max_id: int, mask_token_id: int, tokens: Tensor) -> None:
+    size = spec.module.weight.shape[0]
+    if max_id >= size:
+        raise ValueError(f"input_ids: response id {max_id} is outside the head's vocabulary of {size}")
+    getter = getattr(unwrap(model), "get_input_embeddings", None)
+    table = getter() if callable(getter) else None
+    known = getattr(table, "num_embeddings", None)
+    if known is None:
+        return
+    check.ids_in_range("input_ids", tokens, 0, known, "rows of the model's embedding")
+    if mask_token_id >= known:
+        raise ValueError(f"mask_token_id {mask_token_id} is outside the model's embedding of {known} rows")
+
+
+def _check_explicit(draw: Any, input_ids: Tensor) -> None:
+    if not isinstance(draw, MaskDraw):
+        raise TypeError(f"draw must be a MaskDraw, got {type(draw).__name__}")
+    batch, tokens = input_ids.shape
+    check.shape("draw.noisy_ids", draw.noisy_ids, (batch, "n", tokens), " (B and T of input_ids)")
+    check.same_device("draw", draw.noisy_ids, "input_ids", input_ids)

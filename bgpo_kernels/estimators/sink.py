@@ -1,0 +1,80 @@
+"""Where the head's own gradients go.
+
+The head holds the model's largest matrix, so a new dW [V, H] per micro-batch, added to .grad by autograd, would be the
+largest transient of the step. When nothing watches the parameter, sums go straight into place instead:
+
+* fp32 and fp64 parameters: into ``.grad`` itself;
+* 16-bit parameters: into one fp32 accumulator for the whole call, added to ``.grad`` once at the end.
+
+A parameter that something does watch (tensor hooks, post-accumulate hooks, DistributedDataParallel) or that is no leaf
+(parametrizations) gets its gradient from autograd, per micro-batch, like any other.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..head.engine import Gradients, Head
+from ..models import unwrap
+
+
+def _unwatched(model: nn.Module, parameter: Tensor) -> bool:
+    watched = parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    return parameter.is_leaf and not watched and unwrap(model) is model
+
+
+class HeadSink:
+    """Accumulates dW and db of the head over the micro-batches of one call.
+
+    ``through_autograd``: leave every parameter to autograd (its gradients are wanted as values, not in .grad).
+    """
+
+    def __init__(self, model: nn.Module, module: nn.Module, through_autograd: bool = False) -> None:
+        self._module = module
+        self._buffers: dict[str, Tensor] = {}
+        trained = [n for n in ("weight", "bias") if (p := getattr(module, n, None)) is not None and p.requires_grad]
+        self._direct = {
+            name for name in trained if not through_autograd and _unwatched(model, getattr(module, name))
+        }
+        self._through_autograd = set(trained) - self._direct
+
+    def gradients(self, head: Head, hidden: bool) -> Gradients:
+        """Accumulators for one micro-batch; those of parameters left to autograd are fresh."""
+        wanted = {name: self._buffer(name) for name in self._direct}
+        weight, bias = (wanted.get(name, name in self._through_autograd) for name in ("weight", "bias"))
+        return Gradients(head, hidden, weight, bias)
+
+    def roots(self, into: Gradients) -> list[tuple[Tensor, Tensor]]:
+        """(parameter, gradient) pairs that autograd has to carry on after a micro-batch."""
+        found = []
+        for name in sorted(self._through_autograd):
+            gradient = getattr(into, name)
+            if gradient is not None:  # None: no masked row in this micro-batch
+                parameter = getattr(self._module, name)
+                found.append((parameter, gradient.to(parameter.dtype)))
+        return found
+
+    def _buffer(self, name: str) -> Tensor:
+        parameter = getattr(self._module, name)
+        if parameter.dtype in (torch.float32, torch.float64):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            return parameter.grad
+        if name not in self._buffers:
+            self._buffers[name] = torch.zeros_like(parameter, dtype=torch.float32)
+        return self._buffers[name]
+
+    def flush(self) -> None:
+        """Add the fp32 accumulators of 16-bit parameters to their .grad, once."""
+        for name, total in self._buffers.items():
+            parameter = getattr(self._module, name)
+            if parameter.grad is None:
+                parameter.grad = total.to(parameter.dtype)
+            else:
+                parameter.grad.add_(total)
+        self._buffers.clear()
+
+    def reset(self) -> None:
+        """Forget what was accumulated outside .grad."""
+        self._buffers.clear()

@@ -1,0 +1,216 @@
+"""``masked_logprob`` and ``bgpo_head_loss``: the public face of the head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import validation as check
+from ..backends import resolve
+from ..bound.functional import BoundStats, bound_stats, check_advantages, check_old_logprob, make_clip
+from ..masks.draw import MaskDraw
+from . import ops, reference
+from .options import LogitTransform
+from .support import restricted_logprob
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def masked_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    support: Tensor | None = None,
+    return_entropy: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-softmax at ``targets`` of the chosen hidden rows against the vocabulary, without N x V logits.
+
+    ``z = softcap(logit_scale * (hidden[rows] @ weight.T + bias)) / temperature``, ``softcap(a) = c tanh(a / c)``,
+    ``logp = z[target] - logsumexp(z) <= 0`` by construction. Gradients for hidden, weight and bias as each requires
+    (none computed that is not required), for any upstream gradient per row: 2NHV forward, up to 6NHV backward.
+    Memory beyond inputs and gradients: one workspace (:func:`set_workspace_bytes`), reused between calls.
+
+    Args:
+        hidden: ``[..., H]`` fp32, bf16, fp16 or fp64.
+        weight: ``[V, H]`` of the same dtype (under autocast, hidden is cast and the weight may stay fp32).
+        targets: ``[N]`` int64, ids in 0..V-1.
+        rows: ``[N]`` int64 indices into ``hidden.reshape(-1, H)``, repeats allowed; None: all rows.
+        bias: ``[V]``.
+        temperature: divides the logits last; positive.
+        softcap: positive, or None. logit_scale: multiplies logits after the bias; not zero.
+        support: ``[N, K]`` int64; restricts each row's softmax to these distinct ids; -1 marks an unused slot.
+        return_entropy: also return the entropy of each row's distribution ``[N]``, differentiable too.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        ``[N]`` fp32 (fp64 for fp64 inputs), or the pair (logp, entropy).
+
+    Raises:
+        TypeError: wrong dtypes. ValueError: shapes or devices that disagree, ids or rows out of range, a target outside
+            its support, options out of range, a sharded weight, a backend that cannot serve the device.
+    """
+    hidden, transform, resolved = _check_head(hidden, weight, bias, temperature, softcap, logit_scale, backend)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    _check_rows(flat, weight, targets, rows)
+    if support is not None:
+        _check_support(support, targets, weight)
+        gathered = flat if rows is None else flat[rows]
+        logp, entropy = restricted_logprob(gathered, weight, bias, targets, support, transform)
+        return (logp, entropy) if return_entropy else logp
+    if resolved == "reference":
+        both = reference.masked_logprob(flat, weight.to(flat.dtype), bias, rows, targets, transform)
+        return both if return_entropy else both[0]
+    stats = ops.head_statistics(
+        flat, weight, bias, rows, targets, transform.scale, transform.softcap_or_zero, transform.temperature,
+        return_entropy, resolved,
+    )  # fmt: skip
+    return (stats[2], stats[3]) if return_entropy else stats[2]
+
+
+def bgpo_head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    draw: MaskDraw,
+    advantages: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    old_logprob: Tensor | None = None,
+    length: Tensor | None = None,
+    clip_range: float | tuple[float, float] | None = None,
+    dual_clip: float | None = None,
+    normalizer: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, BoundStats]:
+    """``bgpo_loss(draw.reduce(masked_logprob(...)), ...)`` with its gradients in ONE pass over the head.
+
+    6NHV FLOPs (4NHV when the weight needs no gradient) instead of 8NHV, whatever the advantages' signs, on- or
+    off-policy: chunks hold whole segments, so the coefficient of every row is known while its logits are still there.
+    The gradients are computed here and handed to autograd; ``loss.backward()`` only scales them.
+
+    Args:
+        hidden: ``[..., H]`` with B*n*T rows in the order of ``draw.noisy_ids``.
+        weight, bias, temperature, softcap, logit_scale: as :func:`masked_logprob`.
+        draw: from :func:`random_mask`.
+        advantages, old_logprob, length, clip_range, dual_clip, normalizer: as :func:`bgpo_loss`.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        ``(loss, logprob [B, n] detached, BoundStats)``.
+
+    Raises:
+        As :func:`masked_logprob` and :func:`bgpo_loss`; ValueError when hidden does not have B*n*T rows.
+    """
+    hidden, transform, resolved = _check_head(hidden, weight, bias, temperature, softcap, logit_scale, backend)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    if not isinstance(draw, MaskDraw):
+        raise TypeError(f"draw must be a MaskDraw, got {type(draw).__name__}")
+    batch, samples, tokens = draw.noisy_ids.shape
+    if flat.shape[0] != batch * samples * tokens:
+        raise ValueError(
+            f"hidden {list(hidden.shape)} has {flat.shape[0]} rows, but the draw has B*n*T = "
+            f"{batch}*{samples}*{tokens} = {batch * samples * tokens}"
+        )
+    check.same_device("draw", draw.rows, "hidden", hidden)
+    if draw.max_target >= weight.shape[0]:
+        raise ValueError(f"draw.targets holds id {draw.max_target}, but weight {list(weight.shape)} has V={weight.shape[0]}")
+    check_advantages(advantages, batch)
+    if old_logprob is not None:
+        check_old_logprob(old_logprob, batch, samples)
+        check.finite("old_logprob", old_logprob)
+        old_logprob = old_logprob.detach()
+    _check_length(length, batch)
+    clip = make_clip(clip_range, dual_clip)
+    group = check.number("normalizer", batch if normalizer is None else normalizer, 0.0, exclusive=True)
+    if resolved == "reference":
+        loss, logprob, slope = reference.bgpo_head_loss(
+            flat, weight.to(flat.dtype), bias, draw, transform, advantages.float(), old_logprob, length, clip, group
+        )
+        return loss, logprob, bound_stats(logprob, advantages, old_logprob, length, slope, group)
+    grad = torch.is_grad_enabled()
+    loss, logprob, slope, *_grads = ops.head_loss(
+        flat, weight, bias, draw.rows, draw.targets, draw.segment_offsets, list(draw.host_offsets),
+        draw.segment_weight, advantages.float(), old_logprob, length, *clip, group,
+        transform.scale, transform.softcap_or_zero, transform.temperature, resolved,
+        grad and flat.requires_grad, grad and weight.requires_grad, grad and bias is not None and bias.requires_grad,
+    )  # fmt: skip
+    return loss, logprob, bound_stats(logprob, advantages, old_logprob, length, slope, group)
+
+
+def _check_head(
+    hidden: Any, weight: Any, bias: Any, temperature: Any, softcap: Any, logit_scale: Any, backend: str
+) -> tuple[Tensor, LogitTransform, str]:
+    """Checks of the head's own arguments; hidden comes back cast if autocast says so."""
+    check.dtype("hidden", check.tensor("hidden", hidden), *_FLOATS)
+    check.dtype("weight", check.tensor("weight", weight), *_FLOATS)
+    check.shape("weight", weight, ("V", "H"))
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"hidden [..., H] and weight [V, H] disagree: {list(hidden.shape)} and {list(weight.shape)}")
+    check.same_device("weight", weight, "hidden", hidden)
+    if bias is not None:
+        check.dtype("bias", check.tensor("bias", bias), *_FLOATS)
+        check.shape("bias", bias, (weight.shape[0],), " (as the rows of weight)")
+        check.same_device("bias", bias, "hidden", hidden)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        if hidden.dtype != torch.float64:
+            hidden = hidden.to(torch.get_autocast_dtype(device))
+    elif hidden.dtype != weight.dtype:
+        raise TypeError(f"hidden is {hidden.dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
+    scale = check.number("logit_scale", logit_scale, -torch.inf)
+    if scale == 0.0:
+        raise ValueError("logit_scale must not be 0")
+    transform = LogitTransform(
+        scale,
+        None if softcap is None else check.number("softcap", softcap, 0.0, exclusive=True),
+        check.number("temperature", temperature, 0.0, exclusive=True),
+    )
+    return hidden, transform, resolve(backend, hidden.device)
+
+
+def _check_rows(flat: Tensor, weight: Tensor, targets: Any, rows: Any) -> None:
+    check.dtype("targets", check.tensor("targets", targets), torch.int64)
+    check.shape("targets", targets, ("N",))
+    check.same_device("targets", targets, "hidden", flat)
+    if rows is None:
+        if targets.shape[0] != flat.shape[0]:
+            raise ValueError(f"targets has {targets.shape[0]} entries for {flat.shape[0]} hidden rows (and rows is None)")
+    else:
+        check.dtype("rows", check.tensor("rows", rows), torch.int64)
+        check.shape("rows", rows, (targets.shape[0],), " (as targets)")
+        check.same_device("rows", rows, "hidden", flat)
+        check.ids_in_range("rows", rows, 0, flat.shape[0], "rows of hidden")
+    check.ids_in_range("targets", targets, 0, weight.shape[0], "vocabulary of weight")
+
+
+def _check_support(support: Any, targets: Tensor, weight: Tensor) -> None:
+    check.dtype("support", check.tensor("support", support), torch.int64)
+    check.shape("support", support, (targets.shape[0], "K"), " (rows as targets)")
+    check.same_device("support", support, "targets", targets)
+    check.ids_in_range("support", support, -1, weight.shape[0], "vocabulary of weight, -1 for an unused slot")
+    missing = ~(support == targets[:, None]).any(-1)
+    if bool(missing.any()):
+        where = missing.nonzero().flatten()[:4].tolist()
+        raise ValueError(f"targets {targets[missing][:4].tolist()} at rows {where} are not in their row's support")
+    ordered = support.sort(-1).values
+    if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
+        raise ValueError("support holds an id twice in one row: it would be counted twice")
+
+
+def _check_length(length: Any, batch: int) -> None:
+    if length is None:
+        return
+    check.shape("length", check.tensor("length", length), (batch,), " (one per sequence)")
+    if not bool((length > 0).all()):
+        raise ValueError(f"length must be positive, got {length.tolist()}")

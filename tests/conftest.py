@@ -1,0 +1,53 @@
+"""Settings of every test run.
+
+Without a GPU the Triton kernels run in Triton's interpreter, which must be switched on before triton is imported.
+`empty` memory is poisoned: floats come up as NaN and integers as out-of-range values, so a kernel that leaves a tile
+unwritten fails loudly instead of reading zeros.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+POISON = {torch.int64: -(2**62), torch.int32: -(2**30), torch.uint8: 0xA5}
+
+
+def _poisoned(make):
+    def empty(*args, **kwargs):
+        tensor = make(*args, **kwargs)
+        if tensor.device.type == "meta" or type(tensor) is not torch.Tensor:
+            return tensor
+        if tensor.is_floating_point():
+            return tensor.fill_(torch.nan)
+        return tensor.fill_(POISON[tensor.dtype]) if tensor.dtype in POISON else tensor
+
+    return empty
+
+
+@pytest.fixture(autouse=True)
+def poison_empty(request, monkeypatch):
+    """`torch.empty` and `torch.empty_like` return poison; a test of torch.compile opts out with the `no_poison` mark."""
+    if request.node.get_closest_marker("no_poison") is None:
+        monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
+        monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same global random state."""
+    torch.manual_seed(20251013)
+
+
+@pytest.fixture(autouse=True)
+def default_workspace():
+    """A test that sets the workspace does not leak it into the next."""
+    import bgpo_kernels as bk
+
+    yield
+    bk.set_workspace_bytes(None)
