@@ -1,0 +1,350 @@
+"""The vocabulary head of a model: finding it, and standing in for it.
+
+A fused op needs the hidden states the head receives and the head's weight; the logits [.., V] must never exist.
+`find_head` says which module makes the logits and what the model does to them afterwards; `capture_head` replaces that
+module's forward for one call of the model, so that the model's own forward (embedding, masks, dtype casts, sharding,
+offloading hooks) stays the one way hidden states are made.
+
+The op runs *inside* the head's own forward because FSDP and ZeRO-3 gather the weight only there. What the op returns
+leaves through the forward hooks of the head and of every FSDP2 module around it, which is where these arrange to
+gather the weight again for the backward pass and to reduce its gradient after it. The cost beyond the op is one
+[.., 1] placeholder.
+
+A model compiled as a whole (`torch.compile(model)`) works: the graph breaks at the head, and only there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from numbers import Real
+from operator import attrgetter, methodcaller
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+_PASS_A_SPEC = "pass head=HeadSpec(module, ...) or register an adapter with bgpo_kernels.models.register"
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """The head and its conventions: logits = softcap(logit_scale * (hidden @ weight.T + bias)).
+
+    Raises TypeError unless `module` is a Module with a `weight`, ValueError for options outside their range.
+    """
+
+    module: nn.Module  # .weight [V, H], perhaps .bias [V]; its forward(hidden [.., H]) would make the logits [.., V]
+    logit_scale: float = 1.0  # multiplies the logits, after the bias
+    softcap: float | None = None  # c: logits become c * tanh(logits / c), after the scale
+    shift: int = 0  # 1: row i-1 predicts token i (Dream); 0: row i predicts token i
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.module, nn.Module):
+            raise TypeError(f"HeadSpec.module must be a torch.nn.Module, got {type(self.module).__name__}")
+        if not math.isfinite(self.logit_scale) or self.logit_scale == 0:
+            raise ValueError(f"HeadSpec.logit_scale must be finite and not 0, got {self.logit_scale}")
+        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
+            raise ValueError(f"HeadSpec.softcap must be None or positive and finite, got {self.softcap}")
+        if self.shift not in (0, 1):
+            raise ValueError(f"HeadSpec.shift must be 0 or 1, got {self.shift}")
+
+
+Adapter = Callable[[nn.Module], HeadSpec]
+_adapters: dict[str, Adapter] = {}
+
+
+def register(model_class_name: str, adapter: Adapter) -> None:
+    """Make a kind of model known: `adapter(model)` returns the HeadSpec of models of this class or derived from it.
+
+    The name is matched against the names of the classes in `type(model).__mro__`, most derived first; no import of the
+    model's code is needed. Registering a name again replaces its adapter. Raises TypeError for wrong types.
+    """
+    if not isinstance(model_class_name, str):
+        raise TypeError(f"model_class_name must be a str, got {type(model_class_name).__name__}")
+    if not callable(adapter):
+        raise TypeError(f"adapter must be callable, got {type(adapter).__name__}")
+    _adapters[model_class_name] = adapter
+
+
+# Wrappers by class name, so that none of the libraries is imported. The first three only forward the call; the others
+# take part in it (gathering weights, injected adapters), so a model is *called* through them and *inspected* below.
+_CALL_WRAPPERS: dict[str, Callable[[Any], nn.Module]] = {
+    "DistributedDataParallel": attrgetter("module"),
+    "DataParallel": attrgetter("module"),
+    "OptimizedModule": attrgetter("_orig_mod"),  # torch.compile
+}
+_ALL_WRAPPERS = _CALL_WRAPPERS | {
+    "FullyShardedDataParallel": attrgetter("module"),
+    "DeepSpeedEngine": attrgetter("module"),
+    "PeftModel": methodcaller("get_base_model"),
+    "PeftMixedModel": methodcaller("get_base_model"),
+}
+
+
+def _class_names(value: object) -> list[str]:
+    return [cls.__name__ for cls in type(value).__mro__]
+
+
+def _peel(module: nn.Module, wrappers: dict[str, Callable[[Any], nn.Module]]) -> nn.Module:
+    while (name := next((name for name in _class_names(module) if name in wrappers), None)) is not None:
+        module = wrappers[name](module)
+    return module
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel and torch.compile, however often wrapped."""
+    return _peel(model, _CALL_WRAPPERS)
+
+
+def forward_kwargs(model: nn.Module) -> dict[str, Any]:
+    """Keyword arguments every forward call should get: `use_cache=False` where the model would build a KV cache.
+
+    A forward that names `use_cache` takes it; one with `**kwargs` takes it when the config asks for a cache (Granite
+    MoE), since it must then reach the layers that way.
+    """
+    core = _peel(model, _ALL_WRAPPERS)
+    parameters = inspect.signature(core.forward).parameters
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    wants_cache = getattr(getattr(core, "config", None), "use_cache", False) is True
+    return {"use_cache": False} if "use_cache" in parameters or (passes_on and wants_cache) else {}
+
+
+def find_head(model: nn.Module, head: nn.Module | HeadSpec | None = None) -> HeadSpec:
+    """The head of `model` and its conventions.
+
+    A HeadSpec given as `head` is taken as it is; a module given as `head` replaces only where the head is. Otherwise
+    a registered adapter decides, and otherwise `get_output_embeddings()` with the scale and cap from `model.config`:
+    `final_logit_softcapping` (Gemma), `logit_scale` (Cohere), `logits_scaling` (Granite, divides), `scale_logits`
+    (LLaDA, 1 / sqrt(d_model)). Nothing else is guessed; `assert_bidirectional` compares with what the model does.
+
+    Raises TypeError for things that are not modules, and ValueError for: no head; a head that is not a plain
+    `torch.nn.Linear` (unless a HeadSpec vouches for it); a head wrapped by an adapter (LoRA, modules_to_save) or
+    quantised, whose `weight` is not what its forward uses; a DTensor weight that no FSDP2 module gathers.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if head is not None and not isinstance(head, nn.Module | HeadSpec):
+        raise TypeError(f"head must be a torch.nn.Module or a HeadSpec, got {type(head).__name__}")
+    core = _peel(model, _ALL_WRAPPERS)
+    adapter = next((_adapters[name] for name in _class_names(core) if name in _adapters), None)
+    if isinstance(head, HeadSpec):
+        spec = head
+    elif adapter is not None:
+        spec = adapter(core)
+        if not isinstance(spec, HeadSpec):
+            raise TypeError(f"the adapter of {type(core).__name__} must return a HeadSpec, got {type(spec).__name__}")
+    else:
+        spec = _spec_from_config(core, _output_embeddings(core) if head is None else head)
+    if isinstance(head, nn.Module):
+        spec = replace(spec, module=head)
+    spec = replace(spec, module=_peel(spec.module, _ALL_WRAPPERS))
+    vouched_for = isinstance(head, HeadSpec) or (adapter is not None and head is None)
+    _refuse_unusable(core, spec.module, any_class=vouched_for)
+    return spec
+
+
+def _output_embeddings(core: nn.Module) -> nn.Module:
+    getter = getattr(core, "get_output_embeddings", None)
+    found = getter() if callable(getter) else None
+    if not isinstance(found, nn.Linear):  # LLaDA's remote code keeps its head here, and ties it by F.linear otherwise
+        transformer = getattr(getattr(core, "model", None), "transformer", None)
+        found = getattr(transformer, "ff_out", None) or found
+    if found is None:
+        raise ValueError(f"{type(core).__name__} has no get_output_embeddings() that returns a head: {_PASS_A_SPEC}")
+    return found
+
+
+def _spec_from_config(core: nn.Module, module: nn.Module) -> HeadSpec:
+    config: Any = getattr(core, "config", None)
+    if callable(getattr(config, "get_text_config", None)):
+        config = config.get_text_config()  # multimodal configs keep the language model's options one level down
+
+    def number(name: str) -> float | None:
+        value = getattr(config, name, None)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise ValueError(f"config.{name} of {type(core).__name__} is {value!r}, not a number: {_PASS_A_SPEC}")
+        return None if value is None else float(value)
+
+    scale = 1.0 if (multiplier := number("logit_scale")) is None else multiplier
+    scale /= 1.0 if (divisor := number("logits_scaling")) is None else divisor
+    if getattr(config, "scale_logits", None) is True and (width := number("d_model")) is not None:
+        scale /= math.sqrt(width)
+    return HeadSpec(module, logit_scale=scale, softcap=number("final_logit_softcapping"))
+
+
+def _dream(core: nn.Module) -> HeadSpec:
+    return replace(_spec_from_config(core, _output_embeddings(core)), shift=1)
+
+
+register("DreamModel", _dream)  # the remote code of Dream, Dream-Coder and DiffuCoder alike
+
+
+_PEFT_WRAPPERS = {"BaseTunerLayer", "ModulesToSaveWrapper", "AuxiliaryTrainingWrapper"}
+
+
+def _refuse_unusable(core: nn.Module, module: nn.Module, *, any_class: bool) -> None:
+    """ValueError unless the module's weight and bias alone are what its forward computes."""
+    name = f"the head of {type(core).__name__}, a {type(module).__module__}.{type(module).__qualname__},"
+    names = _class_names(module)
+    if hasattr(module, "base_layer") or not _PEFT_WRAPPERS.isdisjoint(names):
+        raise ValueError(
+            f"{name} is wrapped by an adapter, which using its weight alone would leave out: merge it, keep the head "
+            "out of target_modules and modules_to_save, or pass head=HeadSpec(the trained torch.nn.Linear inside)"
+        )
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"{name} has no weight tensor: {_PASS_A_SPEC}")
+    full = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    plain_tensor = type(weight) in (Tensor, nn.Parameter) or _is_dtensor(weight)
+    if weight.dtype not in full or not plain_tensor or type(module).__module__.startswith("bitsandbytes"):
+        raise ValueError(
+            f"{name} is quantised or of a kind we do not know (its weight is a {type(weight).__name__} of "
+            f"{weight.dtype}): leave the head out of quantisation, for instance with llm_int8_skip_modules"
+        )
+    if _is_dtensor(weight) and not _fsdp_units_around(core, module):
+        raise ValueError(
+            f"{name} has a DTensor weight {tuple(weight.shape)} that no FSDP2 module gathers (tensor parallelism?): "
+            "leave the head out of the parallel plan"
+        )
+    if any_class:
+        return
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        raise ValueError(f"{name} is not a plain torch.nn.Linear, so what it computes is unknown: {_PASS_A_SPEC}")
+    if "forward" in vars(module) and _forward_attribute(module) == "forward":
+        raise ValueError(f"{name} had its forward replaced, so what it computes is unknown: {_PASS_A_SPEC}")
+
+
+def _is_dtensor(value: object) -> bool:
+    return "DTensor" in _class_names(value)
+
+
+def _fsdp_units_around(model: nn.Module, head: nn.Module) -> list[nn.Module]:
+    """The FSDP2 modules that hold the head, or are it."""
+    units = [module for module in model.modules() if "FSDPModule" in _class_names(module)]
+    return [unit for unit in units if any(inner is head for inner in unit.modules())]
+
+
+def _forward_attribute(module: nn.Module) -> str:
+    """accelerate's offloading puts its own forward on the instance and calls `_old_forward` once weights are there."""
+    return "_old_forward" if hasattr(module, "_hf_hook") and hasattr(module, "_old_forward") else "forward"
+
+
+def _first_channel(hidden: Tensor) -> Tensor:
+    return hidden[..., :1].clone()  # a copy, since LLaDA scales its logits in place
+
+
+@dataclass
+class Capture:
+    """What `capture_head` saw. `value` is what `consume` returned, after the head's own forward hooks."""
+
+    value: Any = None
+    calls: int = 0
+
+
+@contextmanager
+def capture_head(
+    model: nn.Module,
+    spec: HeadSpec,
+    consume: Callable[[Tensor], Any],  # takes hidden [.., H], returns a tensor or anything
+    *,
+    placeholder: Callable[[Tensor], Tensor] = _first_channel,
+) -> Iterator[Capture]:
+    """Within the context, one call `model(...)` hands the hidden states to `consume` and makes no logits.
+
+    `consume(hidden [.., H])` runs inside the head's forward; it may call `spec.module` itself, which is the real head
+    there. What it returns is `Capture.value` once the model has returned. Call backward on that, not on a tensor
+    carried out of `consume` by other means: FSDP2 and ZeRO-3 gather the weight for the backward pass by wrapping what
+    leaves the head. The model goes on with `placeholder(hidden)`, [.., 1], in place of logits, so its own casts,
+    scales, caps and slices cost nothing; code that indexes the vocabulary or takes `labels` cannot work on it.
+
+    The head is restored on leaving, exceptions included. Contexts nest. A recomputation of the head during a backward
+    pass within the context (gradient checkpointing around the model) runs `consume` again. Raises RuntimeError when
+    the head is called a second time or not at all, and ValueError when its weight is not whole there.
+    """
+    module, attribute = spec.module, _forward_attribute(spec.module)
+    missing = object()
+    original = vars(module).get(attribute, missing)
+    capture = Capture()
+    standing_in: list[Tensor] = []  # the placeholder on its way from the forward to the last hook
+
+    def restore() -> None:
+        if original is missing:
+            vars(module).pop(attribute, None)
+        else:
+            setattr(module, attribute, original)
+
+    # Compiled models must run this eagerly: traced, `consume` would be baked into a graph that outlives the context.
+    @torch.compiler.disable
+    def forward(input: Tensor) -> Any:
+        recomputing = torch._C._current_graph_task_id() != -1  # -1: no backward pass is running
+        if capture.calls and not recomputing:
+            raise RuntimeError(f"{_called(model)} called its head twice; one call per capture_head can be served")
+        _refuse_unfit(module, input)
+        capture.calls += 1
+        restore()
+        try:
+            value = consume(input)
+        finally:
+            setattr(module, attribute, forward)
+        standing_in.append(placeholder(input))
+        return value
+
+    @torch.compiler.disable
+    def swap(_module: nn.Module, _args: Any, output: Any) -> Tensor | None:
+        if not standing_in:  # `consume` called the real head
+            return None
+        capture.value = output
+        return standing_in.pop()
+
+    setattr(module, attribute, forward)
+    handles = [module.register_forward_hook(swap)]
+    try:
+        for unit in _fsdp_units_around(model, module):
+            handles += _lead_value_through(unit, capture) if unit is not module else []
+        yield capture
+    finally:
+        for handle in handles:
+            handle.remove()
+        restore()
+    if not capture.calls:
+        raise RuntimeError(
+            f"{_called(model)} did not call the head that was found, a {type(module).__name__}: a tied weight used "
+            "through F.linear, a fused loss inside the model, or the wrong module given as head="
+        )
+
+
+def _lead_value_through(unit: nn.Module, capture: Capture) -> list[RemovableHandle]:
+    """Let the forward hooks of `unit` see the captured value in place of the unit's own output."""
+    outputs: list[Any] = []
+
+    @torch.compiler.disable
+    def first(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if capture.value is not None:
+            outputs.append(output)
+        return capture.value
+
+    @torch.compiler.disable
+    def last(_module: nn.Module, _args: Any, value: Any) -> Any:
+        if not outputs:
+            return None
+        capture.value = value
+        return outputs.pop()
+
+    return [unit.register_forward_hook(first, prepend=True), unit.register_forward_hook(last)]
+
+
+def _called(model: nn.Module) -> str:
+    return f"the forward of {type(unwrap(model)).__name__}"
+
+
+def _refuse_unfit(module: nn.Module, hidden: Tensor) -> None:
+    weight: Any = module.weight
+    if _is_dtensor(weight):
+        raise ValueError(f"the head's weight is still a DTensor {tuple(weight.shape)} in its forward: not gathered")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"the head's weight is {list(weight.shape)} but the hidden states are {list(hidden.shape)}")

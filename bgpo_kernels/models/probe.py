@@ -1,0 +1,202 @@
+"""Whether a model looks in both directions, asked of the model itself.
+
+A masked diffusion LM that has silently become causal (a default mask, a padded batch, a reloaded config) still trains,
+on the wrong likelihood. So two sequences that differ only in their last token go through the model, and the hidden
+states of the earlier positions must differ.
+
+How much is a difference? In a dense model causal means equal to the bit. In a mixture of experts it does not: the
+changed token changes how many rows each expert multiplies, hence the rounding of every other row. The probe therefore
+changes a *companion sequence* of the same batch, which nothing legitimate connects with the first one, and an edit
+counts as seen only when it moves the hidden states by more than a few times that. In a dense model the companion's
+effect is exactly 0, and any difference counts.
+
+On the same forward the placeholder of the head is a ramp of known numbers, so what comes out as logits shows the scale
+and cap the model really applies, to be compared with the HeadSpec.
+
+Cost, once per model: three forwards of 2 x 8 tokens, one more with padding. No gradient, no global random state, no
+change of mode remains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from ..head.options import LogitTransform
+from .heads import HeadSpec, capture_head, forward_kwargs, unwrap
+
+_LENGTH = 8  # short, so that the edited token is well inside every attention window
+_DRAWS = 3  # a draw can be uninformative: two ids with equal embeddings, an expert router on the edge
+_SEEN = 4.0  # times the effect of the companion sequence, below which an edit is rounding
+_RAMP = 100.0  # far beyond any cap in use, so that a missing or different cap shows
+_TRANSFORM_RTOL = 0.03  # a few roundings in bfloat16, each 2^-8
+
+_passed: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()
+_assumed: WeakSet[nn.Module] = WeakSet()
+
+
+def assume_bidirectional(model: nn.Module) -> None:
+    """Switch `assert_bidirectional` off for this model: you vouch for its attention and its HeadSpec.
+
+    For models the probe cannot judge, such as one that needs further inputs to run or attends within blocks by design.
+    """
+    _assumed.add(unwrap(model))
+
+
+def assert_bidirectional(model: nn.Module, head_spec: HeadSpec, *, padded: bool = False) -> None:
+    """ValueError when the model is (or has silently become) causal, or when it is not what `head_spec` says.
+
+    Checks that a late token changes earlier hidden states; that the head sees one row per token; that they are finite;
+    that the model's own scale and cap after the head are those of `head_spec`. With `padded=True` all of that under an
+    `attention_mask` with zeros (some models go causal only then), and that the padding changes nothing.
+
+    A pass is remembered per model, attention implementation, `config.is_causal` and head options. The model runs in
+    evaluation mode without gradients; modes, `.grad` and random states are left as they were.
+    """
+    core = unwrap(model)
+    if core in _assumed:
+        return
+    config = getattr(core, "config", None)
+    key = (
+        padded,
+        getattr(config, "is_causal", None),
+        getattr(config, "_attn_implementation", None),
+        head_spec.logit_scale,
+        head_spec.softcap,
+    )
+    if key in _passed.get(core, ()):
+        return
+    with _undisturbed(core):
+        _probe(core, head_spec, padded)
+    _passed.setdefault(core, set()).add(key)
+
+
+def _probe(model: nn.Module, spec: HeadSpec, padded: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    candidates = _ordinary_ids(model, spec)
+    for _ in range(_DRAWS):
+        ids = candidates[torch.randint(len(candidates), (2, _LENGTH), generator=generator)]
+        step = torch.randint(1, len(candidates), (_LENGTH,), generator=generator)
+        other = candidates[(torch.searchsorted(candidates, ids) + step) % len(candidates)]  # differs at every position
+        before = _hidden(model, spec, ids, padded)
+        rounding = _effect(before, _hidden(model, spec, torch.stack([ids[0], other[1]]), padded))
+        if padded:
+            padding = _effect(before, _hidden(model, spec, _edit(ids, other, 0), padded))
+            if padding > _SEEN * rounding:
+                raise ValueError(
+                    f"{type(model).__name__} attends to padding: a token where attention_mask is 0 changes the hidden "
+                    f"states of the others by up to {padding:.2g}. Use an attention implementation that takes the "
+                    f"mask, or score without padding{_ESCAPE}"
+                )
+        if _effect(before, _hidden(model, spec, _edit(ids, other, -1), padded)) > _SEEN * rounding:
+            return
+    condition = " when attention_mask has a zero" if padded else ""
+    raise ValueError(
+        f"{type(model).__name__} is causal{condition}: its last token does not change the hidden states before it, so "
+        "it cannot score masked tokens. Turn its attention around: for transformers models set config.is_causal = "
+        f"False and is_causal = False on every attention module{_ESCAPE}"
+    )
+
+
+_ESCAPE = ". If you know better, call bgpo_kernels.models.assume_bidirectional(model)."
+
+
+def _edit(ids: Tensor, other: Tensor, position: int) -> Tensor:
+    """`ids` [2, T] with one token of the first sequence replaced by that of `other`."""
+    edited = ids.clone()
+    edited[0, position] = other[0, position]
+    return edited
+
+
+def _effect(before: Tensor, after: Tensor) -> float:
+    """Largest change of the first sequence's hidden states [2, T, H], its first (padding) and last position left out.
+
+    Position T - 2 is next to the edited T - 1, so a local attention window never hides the edit.
+    """
+    return float((before[0, 1:-1] - after[0, 1:-1]).abs().max())
+
+
+def _ordinary_ids(model: nn.Module, spec: HeadSpec) -> Tensor:
+    """Sorted ids [K] both embedding and head have, without special ones, which may act beyond their embedding
+    (RoBERTa counts positions from the padding id)."""
+    getter: Any = getattr(model, "get_input_embeddings", None)
+    embedding = getter() if callable(getter) else None
+    config = getattr(model, "config", None)
+    weight: Any = spec.module.weight
+    sizes = (
+        getattr(embedding, "num_embeddings", None),
+        getattr(config, "vocab_size", None),
+        getattr(spec.module, "out_features", weight.shape[0]),  # a sharded weight has no shape of its own
+    )
+    size = min(s for s in sizes if isinstance(s, int))
+    fields = getattr(config, "__dict__", {})
+    special = {value for name, value in fields.items() if name.endswith("token_id") and isinstance(value, int)}
+    ordinary = [i for i in range(min(size, 1024)) if i not in special]
+    return torch.tensor(ordinary if len(ordinary) > 1 else range(size))
+
+
+def _hidden(model: nn.Module, spec: HeadSpec, ids: Tensor, padded: bool) -> Tensor:
+    """The hidden states [2, T, H] in fp64 that the head receives for `ids` [2, T], after the checks of one forward."""
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    kwargs = forward_kwargs(model)
+    if padded:
+        kwargs["attention_mask"] = torch.ones_like(ids, device=device)
+        kwargs["attention_mask"][0, 0] = 0
+    with capture_head(model, spec, Tensor.clone, placeholder=_ramp) as capture:
+        output = model(ids.to(device), **kwargs)
+    hidden = capture.value.double()
+    if hidden.numel() != ids.numel() * hidden.shape[-1]:
+        raise ValueError(
+            f"the head of {type(model).__name__} receives hidden states {list(hidden.shape)} for input ids "
+            f"{list(ids.shape)}: it must see one row per token (no unpadding, prompt tuning or logits_to_keep)"
+        )
+    hidden = hidden.reshape(*ids.shape, -1)
+    if not bool(torch.isfinite(hidden[:, 1:]).all()):
+        raise ValueError(f"{type(model).__name__} gives hidden states that are not finite for ordinary ids{_ESCAPE}")
+    _check_transform(model, spec, output, _ramp(capture.value))
+    return hidden
+
+
+def _ramp(hidden: Tensor) -> Tensor:
+    """Known numbers [.., 1] in place of the logits of hidden [.., H]."""
+    rows = hidden[..., :1]
+    return torch.linspace(-_RAMP, _RAMP, rows.numel(), device=rows.device).to(rows.dtype).view(rows.shape)
+
+
+def _check_transform(model: nn.Module, spec: HeadSpec, output: Any, raw: Tensor) -> None:
+    """ValueError when the model made other logits out of `raw` than `spec` would. A model whose output is no tensor of
+    logits, or is normalised over the vocabulary (then it is constant here), says nothing and passes."""
+    logits = getattr(output, "logits", output[0] if isinstance(output, tuple | list) and output else output)
+    if not isinstance(logits, Tensor) or logits.numel() != raw.numel():
+        return
+    actual = logits.double().flatten()
+    expected = LogitTransform(spec.logit_scale, spec.softcap).apply(raw.double()).flatten()
+    tolerance = _TRANSFORM_RTOL * float(expected.abs().max())
+    if bool(actual.max() == actual.min()) or bool(((actual - expected).abs() <= tolerance).all()):
+        return
+    raise ValueError(
+        f"{type(model).__name__} turns a head output of {float(raw.max()):.4g} into the logit {float(actual[-1]):.4g}, "
+        f"but logit_scale={spec.logit_scale:.4g} and softcap={spec.softcap} give {float(expected[-1]):.4g}: pass "
+        f"head=HeadSpec(...) with the model's own scale and cap{_ESCAPE}"
+    )
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients; every module's mode and all random states come back."""
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    training = [module for module in model.modules() if module.training]
+    # The flags are set directly: train() and eval() have side effects in some models (loralib merges its weights).
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
