@@ -18,10 +18,10 @@ CAST_TRUNCATES = tl.constexpr(not isinstance(divide, triton.JITFunction))
 
 
 @triton.jit
-def narrow(x, DTYPE: tl.constexpr):
-    """x rounded to DTYPE, to nearest even, in the interpreter too."""
-    if CAST_TRUNCATES and DTYPE is tl.bfloat16:
+def narrow(x, dtype: tl.constexpr):
+    """x rounded to dtype, to nearest even, in the interpreter too."""
+    if CAST_TRUNCATES and dtype == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), float("nan"))
-    return x.to(DTYPE)
+    return x.to(dtype)

@@ -114,10 +114,10 @@ def _statistics_kernel(
     SOFTCAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
     ENTROPY: tl.constexpr,
+    LOWEST: tl.constexpr,  # lowest finite number of the statistics' dtype
     BLOCK: tl.constexpr,
 ):
     ACC: tl.constexpr = stats.dtype.element_ty
-    LOWEST: tl.constexpr = -1.7976931348623157e308 if ACC is tl.float64 else -3.4028234663852886e38
     FULL: tl.constexpr = V // BLOCK * BLOCK
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -158,7 +158,7 @@ def _gradient_block(
     """Load one block of logits, store its gradient."""
     ACC: tl.constexpr = best.dtype
     OUT: tl.constexpr = out.dtype.element_ty
-    NARROWS: tl.constexpr = OUT.primitive_bitwidth < logits.dtype.element_ty.primitive_bitwidth
+    NARROWS: tl.constexpr = out.dtype.element_ty.primitive_bitwidth < logits.dtype.element_ty.primitive_bitwidth
     z, slope = _transform(_raw_block(logits, bias, column, V, TAIL, ACC), SCALE, SOFTCAP, TEMPERATURE)
     shifted = z - best
     p = tl.exp(shifted) * inverse_sum
@@ -258,7 +258,7 @@ def row_statistics(
     with torch.cuda.device_of(logits):
         _statistics_kernel[(logits.shape[0],)](
             logits, logits.stride(0), targets.contiguous(), bias, stats, stats.stride(0),
-            ENTROPY=entropy, **_launch_options(logits, transform),
+            ENTROPY=entropy, LOWEST=torch.finfo(stats.dtype).min, **_launch_options(logits, transform),
         )  # fmt: skip
 
 
