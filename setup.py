@@ -1,9 +1,10 @@
-"""Builds the compiled engines with ninja, without torch: raw pointers cross the boundary, so one build serves any torch.
+"""Builds the compiled engines with ninja and without torch: raw pointers cross, so one build fits any torch.
 
     bgpo_kernels._cpu    always: C++17, one copy of the kernels per instruction set, chosen at load time
     bgpo_kernels._cuda   when nvcc is found (BGPO_KERNELS_CUDA = auto, the default), must build (1) or not at all (0)
 
-BGPO_KERNELS_ARCHS lists CUDA architectures ("80;90a+PTX" by default: sm_80, sm_90a and PTX for compute_90).
+BGPO_KERNELS_ARCHS lists CUDA architectures ("80;90a;90+PTX" by default: sm_80, sm_90a and PTX for compute_90).
+With "auto", CUDA sources that do not compile are left out like a missing nvcc, with the compiler's message in the log.
 The project metadata is in pyproject.toml.
 """
 
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
@@ -31,6 +33,8 @@ if platform.machine() in ("x86_64", "AMD64"):
         "kernels_avx2": "-march=x86-64-v3 -mtune=generic",
         "kernels_avx512": "-march=x86-64-v4 -mprefer-vector-width=512 -mtune=generic",
     }
+# For profilers: NVCC_APPEND_FLAGS=-lineinfo, which triples the size.
+CUDA_COMMON = ["-O3", "-std=c++17", "-Xfatbin=-compress-all", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 DEFAULT_ARCHS = "80;90a;90+PTX"
 
 
@@ -88,23 +92,20 @@ def openmp_flags(cxx: str) -> list[str]:
 
 
 class NinjaFile:
-    """A small ninja file: rules for C++ and CUDA objects and one shared-library link."""
+    """A small ninja file: one compiler (C++ or nvcc, which take the same options), objects, one shared library."""
 
-    def __init__(self, folder: Path, cxx: str, nvcc: str | None) -> None:
+    def __init__(self, folder: Path, compiler: str) -> None:
         self.folder = folder
         self.objects: list[str] = []
         self.lines = [
-            f"rule cxx\n  command = {cxx} -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            f"rule link\n  command = {cxx} -shared $in -o $out $libs",
+            f"rule compile\n  command = {compiler} -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n"
+            "  deps = gcc",
+            f"rule link\n  command = {compiler} -shared $in -o $out $libs",
         ]
-        if nvcc:
-            self.lines.append(
-                f"rule nvcc\n  command = {nvcc} -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
-            )
 
-    def compile(self, rule: str, source: Path, name: str, flags: list[str]) -> None:
+    def compile(self, source: Path, name: str, flags: list[str]) -> None:
         target = f"{name}.o"
-        self.lines.append(f"build {target}: {rule} {source}\n  flags = {' '.join(flags)}")
+        self.lines.append(f"build {target}: compile {source}\n  flags = {' '.join(flags)}")
         self.objects.append(target)
 
     def build(self, output: Path, libs: list[str]) -> None:
@@ -140,36 +141,42 @@ class BuildEngines(build_ext):
         if ext.name.endswith("_cpu"):
             self.build_cpu(folder, output, cxx, includes, link)
         else:
-            self.build_cuda(folder, output, cxx, includes, link)
+            self.build_cuda(folder, output, includes)
 
     def build_cpu(self, folder: Path, output: Path, cxx: str, includes: list[str], link: list[str]) -> None:
         openmp = openmp_flags(cxx)
-        ninja = NinjaFile(folder, cxx, None)
+        ninja = NinjaFile(folder, cxx)
         for table, march in CPU_TABLES.items():
             flags = [*CPU_COMMON, *openmp, "-fopenmp-simd", march, f"-DBGPO_TABLE={table}"]
-            ninja.compile("cxx", CSRC / "cpu" / "kernels.cpp", table, flags)
-        ninja.compile("cxx", CSRC / "cpu" / "segments.cpp", "segments", CPU_COMMON)
-        ninja.compile("cxx", CSRC / "cpu" / "module.cpp", "module", [*CPU_COMMON, *includes])
+            ninja.compile(CSRC / "cpu" / "kernels.cpp", table, flags)
+        ninja.compile(CSRC / "cpu" / "segments.cpp", "segments", CPU_COMMON)
+        ninja.compile(CSRC / "cpu" / "module.cpp", "module", [*CPU_COMMON, *includes])
         ninja.build(output, [*link, *openmp])
 
-    def build_cuda(self, folder: Path, output: Path, cxx: str, includes: list[str], link: list[str]) -> None:
+    def build_cuda(self, folder: Path, output: Path, includes: list[str]) -> None:
+        """nvcc compiles and links everything here, so its own profile finds the toolkit's headers and libraries."""
         nvcc = find_nvcc()
         assert nvcc is not None
-        archs = gencode_flags(os.environ.get("BGPO_KERNELS_ARCHS", DEFAULT_ARCHS))
-        common = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", *archs]
-        ninja = NinjaFile(folder, cxx, nvcc)
+        archs = os.environ.get("BGPO_KERNELS_ARCHS", DEFAULT_ARCHS)
+        if cxx := os.environ.get("CXX"):
+            nvcc = f"{nvcc} -ccbin {cxx}"
+        kernels = [*CUDA_COMMON, *gencode_flags(archs)]
+        ninja = NinjaFile(folder, nvcc)
         for source in sorted((CSRC / "cuda").glob("*.cu")):
-            ninja.compile("nvcc", source, source.stem, common)
-        cuda_home = Path(nvcc).resolve().parent.parent
-        cuda_include = f"-I{cuda_home / 'include'}"
-        ninja.compile("cxx", CSRC / "cuda" / "module.cpp", "module", [*CPU_COMMON, *includes, cuda_include])
-        # The static runtime: no libcudart to find at import, and none to disagree with torch's.
-        folders = [f"-L{path}" for name in ("lib64", "lib") if (path := cuda_home / name).is_dir()]
-        ninja.build(output, [*link, *folders, "-lcudart_static", "-ldl", "-lpthread", "-lrt"])
+            ninja.compile(source, source.stem, kernels)
+        named = f"'-DBGPO_ARCHS=\"{archs}\"'"
+        ninja.compile(CSRC / "cuda" / "module.cpp", "module", [*CUDA_COMMON, named, *includes])
+        try:
+            # The static runtime: no libcudart to find at import, and none to disagree with torch's.
+            ninja.build(output, ["-cudart=static", "--no-device-link", "-Xlinker=--exclude-libs,ALL"])
+        except subprocess.CalledProcessError as error:
+            say("the CUDA kernels did not compile; see the compiler's message above")
+            raise CompileError("CUDA kernels") from error
 
 
 extensions = [Extension("bgpo_kernels._cpu", sources=[])]
 if want_cuda():
-    extensions.append(Extension("bgpo_kernels._cuda", sources=[]))
+    required = os.environ.get("BGPO_KERNELS_CUDA") == "1"
+    extensions.append(Extension("bgpo_kernels._cuda", sources=[], optional=not required))
 
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildEngines})

@@ -1,4 +1,4 @@
-"""Small things that every wrapper of compiled code needs: addresses of tensors, thread count."""
+"""Small things that every wrapper of compiled code needs: addresses of tensors, thread count, CUDA stream."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ def address(tensor: Tensor | None) -> int:
 
 
 def dense(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Contiguous and of ``dtype``; the same tensor when it already is. Keep the result alive while its address is used."""
+    """Contiguous and of ``dtype``; the tensor itself when it already is. Keep it alive while its address is used."""
     return None if tensor is None else tensor.to(dtype).contiguous()
 
 
 def threads() -> int:
     """As many threads as torch's own CPU kernels use."""
     return torch.get_num_threads()
+
+
+def stream(tensor: Tensor) -> tuple[int, int]:
+    """Device index and handle of the current CUDA stream on the tensor's device: where its kernels are launched."""
+    device = tensor.device
+    return device.index, torch.cuda.current_stream(device).cuda_stream

@@ -32,7 +32,7 @@ struct Multiply<uint32_t> {
 template <typename W>
 BGPO_HD void philox_rounds(W& x, W& y, W& z, W& w, uint64_t seed) {
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
     for (int round = 0; round < 10; ++round) {

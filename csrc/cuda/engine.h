@@ -1,0 +1,71 @@
+// The CUDA kernels' entry points: plain structs of device pointers, an int for the device and a stream handle. Nothing here
+// needs the CUDA headers, so module.cpp stays ordinary C++.
+#pragma once
+
+#include <cstdint>
+
+#include "../bgpo/bound.h"
+
+namespace bgpo::cuda {
+
+// Where a kernel runs. The handle is a cudaStream_t of any CUDA runtime in the process (they share the driver's streams).
+struct Queue {
+    int device;
+    void* stream;
+};
+
+enum class LogitType : int { kFloat = 0, kBFloat16 = 1, kDouble = 2, kHalf = 3 };
+
+// One chunk of logits [rows, vocab] with unit column stride; rows may begin at any multiple of the element size.
+struct Chunk {
+    void* logits;
+    LogitType type;
+    int64_t rows, vocab, row_stride;
+    const int64_t* targets;
+    const void* bias;  // [vocab] fp32 (fp64 for fp64 logits), or null
+    double scale, softcap, temperature;
+    void* stats;  // [4, stats_stride]: max, sum, logprob, entropy; fp32 (fp64 for fp64 logits)
+    int64_t stats_stride;
+};
+
+struct DrawArgs {
+    const int64_t* input_ids;        // [batch, tokens]
+    const uint8_t* response_mask;    // [batch, tokens]
+    const int32_t* response_counts;  // [batch, tokens]: response tokens up to and including this one
+    const uint8_t* prompt_mask;      // [batch, tokens] or null
+    const int64_t* sample_ids;       // [batch]
+    int64_t batch, tokens, n, lo, hi;
+    uint64_t seed;
+    int64_t mask_token_id;
+    int scheme, schedule;
+    int64_t prompt_threshold;
+    const int64_t* thresholds;       // count tables, or null
+    const float* table_weights;
+    const int64_t* table_start;      // [batch]
+};
+
+struct EmitArgs {
+    const int64_t* noisy_ids;      // [batch * samples, tokens]
+    const int64_t* input_ids;      // [batch, tokens]
+    const uint8_t* response_mask;  // [batch, tokens]
+    const int64_t* offsets;        // [batch * samples + 1]
+    int64_t batch, samples, tokens, mask_token_id;
+};
+
+void row_statistics(const Queue& queue, const Chunk& chunk, bool entropy);
+void dlogits(const Queue& queue, const Chunk& chunk, const void* grad_logprob, const void* grad_entropy, LogitType out);
+void select(const Queue& queue, const DrawArgs& draw, int64_t* noisy, int32_t* count, float* weight);
+void emit_rows(const Queue& queue, const EmitArgs& args, int64_t* rows, int64_t* targets);
+template <typename T>
+void segment_sum(const Queue& queue, const T* values, const int64_t* offsets, const float* weight, int64_t segments,
+                 T* out);
+template <typename T>
+void bound(const Queue& queue, const T* logprob, const float* advantages, const T* old, const float* length,
+           int64_t batch, int64_t n, const Clip& clip, T* term, T* slope);
+
+// Devices the driver offers; 0 without a driver.
+int device_count();
+// Toolkit that built the kernels, 1000 * major + 10 * minor.
+int toolkit_version();
+
+}  // namespace bgpo::cuda

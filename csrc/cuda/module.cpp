@@ -1,0 +1,101 @@
+// bgpo_kernels._cuda: raw device addresses, sizes and a stream handle in, nothing of torch. Importing it touches no driver;
+// a launch that cannot run raises RuntimeError naming the kernel. Callers (cuda.py) check dtypes, shapes and strides.
+#include <pybind11/pybind11.h>
+
+#include "engine.h"
+
+namespace py = pybind11;
+using namespace bgpo;
+using namespace bgpo::cuda;
+
+#ifndef BGPO_ARCHS
+#define BGPO_ARCHS ""
+#endif
+
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+Queue make_queue(int device, uintptr_t stream) { return {device, pointer<void>(stream)}; }
+
+Chunk make_chunk(uintptr_t logits, int type, int64_t rows, int64_t vocab, int64_t row_stride, uintptr_t targets,
+                 uintptr_t bias, double scale, double softcap, double temperature, uintptr_t stats,
+                 int64_t stats_stride) {
+    return {pointer<void>(logits), static_cast<LogitType>(type), rows, vocab, row_stride,
+            pointer<const int64_t>(targets), pointer<const void>(bias), scale, softcap, temperature,
+            pointer<void>(stats), stats_stride};
+}
+
+DrawArgs make_draw(uintptr_t ids, uintptr_t response, uintptr_t response_counts, uintptr_t prompt, uintptr_t sample_ids,
+                   int64_t batch, int64_t tokens, int64_t n, int64_t lo, int64_t hi, uint64_t seed,
+                   int64_t mask_token_id, int scheme, int schedule, int64_t prompt_threshold, uintptr_t thresholds,
+                   uintptr_t table_weights, uintptr_t table_start) {
+    return {pointer<const int64_t>(ids), pointer<const uint8_t>(response), pointer<const int32_t>(response_counts),
+            pointer<const uint8_t>(prompt), pointer<const int64_t>(sample_ids), batch, tokens, n, lo, hi, seed,
+            mask_token_id, scheme, schedule, prompt_threshold, pointer<const int64_t>(thresholds),
+            pointer<const float>(table_weights), pointer<const int64_t>(table_start)};
+}
+
+EmitArgs make_emit(uintptr_t noisy, uintptr_t ids, uintptr_t response, uintptr_t offsets, int64_t batch, int64_t samples,
+                   int64_t tokens, int64_t mask_token_id) {
+    return {pointer<const int64_t>(noisy), pointer<const int64_t>(ids), pointer<const uint8_t>(response),
+            pointer<const int64_t>(offsets), batch, samples, tokens, mask_token_id};
+}
+
+template <typename T>
+void call_segment_sum(const Queue& queue, uintptr_t values, uintptr_t offsets, uintptr_t weight, int64_t segments,
+                      uintptr_t out) {
+    segment_sum(queue, pointer<const T>(values), pointer<const int64_t>(offsets), pointer<const float>(weight), segments,
+                pointer<T>(out));
+}
+
+template <typename T>
+void call_bound(const Queue& queue, uintptr_t logprob, uintptr_t advantages, uintptr_t old, uintptr_t length,
+                int64_t batch, int64_t n, double clip_low, double clip_high, double dual_clip, uintptr_t term,
+                uintptr_t slope) {
+    bound(queue, pointer<const T>(logprob), pointer<const float>(advantages), pointer<const T>(old),
+          pointer<const float>(length), batch, n, Clip{clip_low, clip_high, dual_clip}, pointer<T>(term),
+          pointer<T>(slope));
+}
+
+void define_types(py::module_& m) {
+    py::class_<Queue>(m, "Queue", py::module_local()).def(py::init(&make_queue));
+    py::class_<Chunk>(m, "Chunk", py::module_local()).def(py::init(&make_chunk));
+    py::class_<DrawArgs>(m, "Draw", py::module_local()).def(py::init(&make_draw));
+    py::class_<EmitArgs>(m, "Emit", py::module_local()).def(py::init(&make_emit));
+    m.attr("LOGIT_FLOAT") = static_cast<int>(LogitType::kFloat);
+    m.attr("LOGIT_BFLOAT16") = static_cast<int>(LogitType::kBFloat16);
+    m.attr("LOGIT_DOUBLE") = static_cast<int>(LogitType::kDouble);
+    m.attr("LOGIT_HALF") = static_cast<int>(LogitType::kHalf);
+}
+
+void define_kernels(py::module_& m) {
+    using release = py::call_guard<py::gil_scoped_release>;
+    m.def("row_statistics", &row_statistics, release());
+    m.def("dlogits", [](const Queue& queue, const Chunk& chunk, uintptr_t grad_logprob, uintptr_t grad_entropy, int out) {
+        dlogits(queue, chunk, pointer<const void>(grad_logprob), pointer<const void>(grad_entropy),
+                static_cast<LogitType>(out));
+    }, release());
+    m.def("select", [](const Queue& queue, const DrawArgs& draw, uintptr_t noisy, uintptr_t count, uintptr_t weight) {
+        select(queue, draw, pointer<int64_t>(noisy), pointer<int32_t>(count), pointer<float>(weight));
+    }, release());
+    m.def("emit_rows", [](const Queue& queue, const EmitArgs& args, uintptr_t rows, uintptr_t targets) {
+        emit_rows(queue, args, pointer<int64_t>(rows), pointer<int64_t>(targets));
+    }, release());
+    m.def("segment_sum_f32", &call_segment_sum<float>, release());
+    m.def("segment_sum_f64", &call_segment_sum<double>, release());
+    m.def("bound_f32", &call_bound<float>, release());
+    m.def("bound_f64", &call_bound<double>, release());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+    m.doc() = "Compiled CUDA kernels of bgpo_kernels";
+    define_types(m);
+    define_kernels(m);
+    m.def("device_count", &device_count, "Devices the driver offers; 0 without a driver");
+    m.attr("ARCHS") = BGPO_ARCHS;                 // as in BGPO_KERNELS_ARCHS
+    m.attr("TOOLKIT_VERSION") = toolkit_version();  // 13000 for CUDA 13.0
+}

@@ -1,0 +1,63 @@
+// Segment sums and the bound: a few numbers per sample.
+//
+// segment_sum  out_s = weight_s * sum values[offsets_s : offsets_s+1]. N adds, 4N bytes read (8N for fp64). One warp per
+//              segment; lane i adds values i, i + 32, ... in fp64, the lanes are added in a fixed tree, rounded once.
+// bound        csrc/bgpo/bound.h per (sequence, sample). ~10 flops, at most 16 bytes (fp32) each; in the logprob's dtype.
+#include "launch.cuh"
+
+namespace bgpo::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kSegmentsPerBlock = kThreads / kWarp;
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    segment_sum_kernel(const T* values, const int64_t* offsets, const float* weight, int64_t segments, T* out) {
+    const int64_t s = static_cast<int64_t>(blockIdx.x) * kSegmentsPerBlock + threadIdx.x / kWarp;
+    const int lane = threadIdx.x % kWarp;
+    if (s >= segments) return;  // whole warps leave together
+    double sum = 0;
+    for (int64_t i = offsets[s] + lane, end = offsets[s + 1]; i < end; i += kWarp) sum += static_cast<double>(values[i]);
+    for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_down_sync(kAllLanes, sum, step);
+    if (lane == 0) out[s] = static_cast<T>(static_cast<double>(weight[s]) * sum);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    bound_kernel(const T* logprob, const float* advantages, const T* old, const float* length, int64_t size, int64_t n,
+                 Clip clip, T* term, T* slope) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+    if (i >= size) return;
+    const int64_t b = i / n;
+    const T divisor = length ? static_cast<T>(length[b]) : T(1);
+    const T d = old ? (logprob[i] - old[i]) / divisor : T(0);
+    const auto result = bound_term(d, static_cast<T>(advantages[b]), divisor, clip);
+    term[i] = result.term;
+    slope[i] = result.slope;
+}
+
+}  // namespace
+
+template <typename T>
+void segment_sum(const Queue& queue, const T* values, const int64_t* offsets, const float* weight, int64_t segments,
+                 T* out) {
+    launch("segment_sum", segment_sum_kernel<T>, queue, blocks_for(segments, kSegmentsPerBlock), kThreads, values, offsets,
+           weight, segments, out);
+}
+
+template <typename T>
+void bound(const Queue& queue, const T* logprob, const float* advantages, const T* old, const float* length,
+           int64_t batch, int64_t n, const Clip& clip, T* term, T* slope) {
+    launch("bound", bound_kernel<T>, queue, blocks_for(batch * n, kThreads), kThreads, logprob, advantages, old, length,
+           batch * n, n, clip, term, slope);
+}
+
+template void segment_sum(const Queue&, const float*, const int64_t*, const float*, int64_t, float*);
+template void segment_sum(const Queue&, const double*, const int64_t*, const float*, int64_t, double*);
+template void bound(const Queue&, const float*, const float*, const float*, const float*, int64_t, int64_t, const Clip&,
+                    float*, float*);
+template void bound(const Queue&, const double*, const float*, const double*, const float*, int64_t, int64_t, const Clip&,
+                    double*, double*);
+
+}  // namespace bgpo::cuda
