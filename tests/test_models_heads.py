@@ -254,9 +254,11 @@ def _log_prob(head: nn.Module, hidden: Tensor) -> Tensor:
     return F.log_softmax(F.linear(hidden, head.weight, head.bias), dim=-1)[..., 3].sum()
 
 
-def test_hidden_states_and_gradients_are_those_of_the_dense_model() -> None:
-    torch.manual_seed(0)
+@pytest.mark.parametrize("tied", [False, True])
+def test_hidden_states_and_gradients_are_those_of_the_dense_model(tied: bool) -> None:
     model = Toy(after=lambda logits: SimpleNamespace(logits=logits.float()[:, -2:] * 2))
+    if tied:
+        model.out.weight = model.embed.weight
     F.log_softmax(model.out(model.hidden(IDS)), dim=-1)[..., 3].sum().backward()
     want = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -351,7 +353,6 @@ def test_wrong_width_is_named() -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_around_the_model(reentrant: bool) -> None:
     """The recomputation calls the head again, during the backward pass: served, and the gradients are right."""
-    torch.manual_seed(0)
     model = Toy()
     hidden = model.hidden(IDS)
     want = torch.autograd.grad(_log_prob(model.out, hidden), [model.embed.weight, model.out.weight])
@@ -416,7 +417,6 @@ def test_fsdp2_gathers_the_weight_for_forward_and_backward(mesh: Any, units: str
     """In each layout the weight is gone after the forward, or its gradient is reduced only by the unit's own hooks."""
     from torch.distributed.fsdp import fully_shard
 
-    torch.manual_seed(0)
     model = Found()
     _log_prob(model.out, model.hidden(IDS)).backward()
     want = {name: p.grad.clone() for name, p in model.named_parameters()}

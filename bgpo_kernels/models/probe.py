@@ -5,16 +5,17 @@ on the wrong likelihood. So two sequences that differ only in their last token g
 states of the earlier positions must differ.
 
 How much is a difference? In a dense model causal means equal to the bit. In a mixture of experts it does not: the
-changed token changes how many rows each expert multiplies, hence the rounding of every other row. The probe therefore
-changes a *companion sequence* of the same batch, which nothing legitimate connects with the first one, and an edit
-counts as seen only when it moves the hidden states by more than a few times that. In a dense model the companion's
-effect is exactly 0, and any difference counts.
+changed token changes how many rows each expert multiplies, hence the rounding of every other row. So the probe also
+changes the *other sequences* of the batch, which nothing legitimate connects with the first one, and an edit counts as
+seen only when it moves the hidden states a few times more than that, and more than the last bits of fp32. In a dense
+model the others have no effect at all and a causal one gives exactly 0.
 
-On the same forward the placeholder of the head is a ramp of known numbers, so what comes out as logits shows the scale
+On the same forwards the placeholder of the head is a ramp of known numbers, so what comes out as logits shows the scale
 and cap the model really applies, to be compared with the HeadSpec.
 
-Cost, once per model: three forwards of 2 x 8 tokens, one more with padding. No gradient, no global random state, no
-change of mode remains.
+A model whose attention contributes exactly nothing, such as one with freshly zeroed output projections, is taken for
+causal. Cost, once per model: nine forwards of 4 x 8 tokens without a head, three more with padding. No gradient, no
+random state, no change of mode remains.
 """
 
 from __future__ import annotations
@@ -30,11 +31,14 @@ from torch import Tensor, nn
 from ..head.options import LogitTransform
 from .heads import HeadSpec, capture_head, forward_kwargs, unwrap
 
-_LENGTH = 8  # short, so that the edited token is well inside every attention window
-_DRAWS = 3  # a draw can be uninformative: two ids with equal embeddings, an expert router on the edge
-_SEEN = 4.0  # times the effect of the companion sequence, below which an edit is rounding
+_BATCH, _LENGTH = 4, 8  # short, so that the edited token is inside every attention window
+_DRAWS = 3  # one draw may be uninformative: ids with equal embeddings, expert loads that happen to round alike
+_SEEN = 4.0  # times the effect of the other sequences: up to there an edit may be rounding,
+_LAST_BITS = 2.0**-18  # and up to there times the largest hidden state (unseen: ~2^-22, seen, BERT of width 8: 2^-13)
+_LEAK = 1 / 32  # times the effect of a token that is seen: above it the padding is seen too
 _RAMP = 100.0  # far beyond any cap in use, so that a missing or different cap shows
 _TRANSFORM_RTOL = 0.03  # a few roundings in bfloat16, each 2^-8
+_ESCAPE = ". If you know better, call bgpo_kernels.models.assume_bidirectional(model)."
 
 _passed: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()
 _assumed: WeakSet[nn.Module] = WeakSet()
@@ -65,7 +69,7 @@ def assert_bidirectional(model: nn.Module, head_spec: HeadSpec, *, padded: bool 
     key = (
         padded,
         getattr(config, "is_causal", None),
-        getattr(config, "_attn_implementation", None),
+        str(getattr(config, "_attn_implementation", None)),
         head_spec.logit_scale,
         head_spec.softcap,
     )
@@ -79,42 +83,42 @@ def assert_bidirectional(model: nn.Module, head_spec: HeadSpec, *, padded: bool 
 def _probe(model: nn.Module, spec: HeadSpec, padded: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     candidates = _ordinary_ids(model, spec)
+    largest = others = seen = padding = 0.0
     for _ in range(_DRAWS):
-        ids = candidates[torch.randint(len(candidates), (2, _LENGTH), generator=generator)]
-        step = torch.randint(1, len(candidates), (_LENGTH,), generator=generator)
-        other = candidates[(torch.searchsorted(candidates, ids) + step) % len(candidates)]  # differs at every position
+        chosen = torch.randint(len(candidates), (_BATCH, _LENGTH), generator=generator)
+        step = torch.randint(1, len(candidates), chosen.shape, generator=generator)
+        ids, other = candidates[chosen], candidates[(chosen + step) % len(candidates)]  # different everywhere
         before = _hidden(model, spec, ids, padded)
-        rounding = _effect(before, _hidden(model, spec, torch.stack([ids[0], other[1]]), padded))
+        largest = max(largest, float(before[:, 1:].abs().max()))
+        others = max(others, _effect(before, _hidden(model, spec, torch.cat([ids[:1], other[1:]]), padded)))
+        seen = max(seen, _effect(before, _hidden(model, spec, _edit(ids, other, -1), padded)))
         if padded:
-            padding = _effect(before, _hidden(model, spec, _edit(ids, other, 0), padded))
-            if padding > _SEEN * rounding:
-                raise ValueError(
-                    f"{type(model).__name__} attends to padding: a token where attention_mask is 0 changes the hidden "
-                    f"states of the others by up to {padding:.2g}. Use an attention implementation that takes the "
-                    f"mask, or score without padding{_ESCAPE}"
-                )
-        if _effect(before, _hidden(model, spec, _edit(ids, other, -1), padded)) > _SEEN * rounding:
-            return
-    condition = " when attention_mask has a zero" if padded else ""
-    raise ValueError(
-        f"{type(model).__name__} is causal{condition}: its last token does not change the hidden states before it, so "
-        "it cannot score masked tokens. Turn its attention around: for transformers models set config.is_causal = "
-        f"False and is_causal = False on every attention module{_ESCAPE}"
-    )
-
-
-_ESCAPE = ". If you know better, call bgpo_kernels.models.assume_bidirectional(model)."
+            padding = max(padding, _effect(before, _hidden(model, spec, _edit(ids, other, 0), padded)))
+    rounding = max(_SEEN * others, _LAST_BITS * largest)
+    if seen <= rounding:
+        condition = " when attention_mask has a zero" if padded else ""
+        raise ValueError(
+            f"{type(model).__name__} is causal{condition}: its last token does not change the hidden states before it, "
+            "so it cannot score masked tokens. Turn its attention around: for transformers models set config.is_causal "
+            f"= False and is_causal = False on every attention module{_ESCAPE}"
+        )
+    if padding > max(rounding, _LEAK * seen):
+        raise ValueError(
+            f"{type(model).__name__} attends to padding: a token where attention_mask is 0 moves the hidden states of "
+            f"the others by up to {padding:.2g}, a real one by {seen:.2g}. Use an attention implementation that takes "
+            f"the mask, or score without padding{_ESCAPE}"
+        )
 
 
 def _edit(ids: Tensor, other: Tensor, position: int) -> Tensor:
-    """`ids` [2, T] with one token of the first sequence replaced by that of `other`."""
+    """`ids` [B, T] with one token of the first sequence replaced by that of `other`."""
     edited = ids.clone()
     edited[0, position] = other[0, position]
     return edited
 
 
 def _effect(before: Tensor, after: Tensor) -> float:
-    """Largest change of the first sequence's hidden states [2, T, H], its first (padding) and last position left out.
+    """Largest change of the first sequence's hidden states [B, T, H], its first (padding) and last position left out.
 
     Position T - 2 is next to the edited T - 1, so a local attention window never hides the edit.
     """
@@ -133,7 +137,7 @@ def _ordinary_ids(model: nn.Module, spec: HeadSpec) -> Tensor:
         getattr(config, "vocab_size", None),
         getattr(spec.module, "out_features", weight.shape[0]),  # a sharded weight has no shape of its own
     )
-    size = min(s for s in sizes if isinstance(s, int))
+    size = min(s for s in sizes if isinstance(s, int) and s > 0)
     fields = getattr(config, "__dict__", {})
     special = {value for name, value in fields.items() if name.endswith("token_id") and isinstance(value, int)}
     ordinary = [i for i in range(min(size, 1024)) if i not in special]
@@ -141,7 +145,7 @@ def _ordinary_ids(model: nn.Module, spec: HeadSpec) -> Tensor:
 
 
 def _hidden(model: nn.Module, spec: HeadSpec, ids: Tensor, padded: bool) -> Tensor:
-    """The hidden states [2, T, H] in fp64 that the head receives for `ids` [2, T], after the checks of one forward."""
+    """The hidden states [B, T, H] in fp64 that the head receives for `ids` [B, T], after the checks of one forward."""
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     kwargs = forward_kwargs(model)
     if padded:
