@@ -11,6 +11,7 @@ from .. import validation as check
 from ..backends import resolve
 from ..bound import ops as bound_ops
 
+MAX_ID = 2**31 - 1  # of a token
 
 @dataclass(frozen=True, eq=False)
 class MaskDraw:
@@ -29,13 +30,20 @@ class MaskDraw:
     max_target: int = field(default=-1, repr=False)  #: no target id is larger
 
     def __post_init__(self) -> None:
-        noisy = check.tensor("noisy_ids", self.noisy_ids)
-        check.shape("noisy_ids", noisy, ("B", "n", "T"))
-        batch, samples, _tokens = noisy.shape
-        check.shape("segment_offsets", check.tensor("segment_offsets", self.segment_offsets), (batch * samples + 1,))
-        check.shape("segment_weight", check.tensor("segment_weight", self.segment_weight), (batch, samples))
-        check.shape("rows", check.tensor("rows", self.rows), ("N",))
-        check.shape("targets", check.tensor("targets", self.targets), (self.rows.shape[0],), " (as rows)")
+        check.dtype("noisy_ids", check.tensor("noisy_ids", self.noisy_ids), torch.int64)
+        check.shape("noisy_ids", self.noisy_ids, ("B", "n", "T"))
+        batch, samples, _tokens = self.noisy_ids.shape
+        for name, dtype, shape, because in (
+            ("rows", torch.int64, ("N",), ""),
+            ("targets", torch.int64, None, " (as rows)"),
+            ("segment_offsets", torch.int64, (batch * samples + 1,), " (B*n + 1)"),
+            ("segment_weight", torch.float32, (batch, samples), " (B, n)"),
+            ("count", torch.int32, (batch, samples), " (B, n)"),
+        ):
+            value = getattr(self, name)
+            check.dtype(name, check.tensor(name, value), dtype)
+            check.shape(name, value, tuple(self.rows.shape) if shape is None else shape, because)
+            check.same_device(name, value, "noisy_ids", self.noisy_ids)
         if not self.host_offsets:
             object.__setattr__(self, "host_offsets", tuple(self.segment_offsets.tolist()))
             self._check_by_hand()
@@ -43,12 +51,29 @@ class MaskDraw:
             object.__setattr__(self, "max_target", int(self.targets.max()))
 
     def _check_by_hand(self) -> None:
-        offsets = self.host_offsets
-        if offsets[0] != 0 or offsets[-1] != self.rows.shape[0] or any(a > b for a, b in zip(offsets, offsets[1:])):  # noqa: B905
+        """Values of a draw that did not come from our own engines: kernels index memory with them."""
+        offsets, size = self.host_offsets, self.segment_offsets.diff()
+        if offsets[0] != 0 or offsets[-1] != self.rows.shape[0] or bool((size < 0).any()):
             raise ValueError(f"segment_offsets must ascend from 0 to N={self.rows.shape[0]}, got {offsets[:8]}...")
+        wrong = (size != self.count.flatten()).nonzero().flatten()[:4]
+        if wrong.numel():
+            raise ValueError(
+                f"count {self.count.flatten()[wrong].tolist()} disagrees with segment_offsets, which give segments "
+                f"{wrong.tolist()} {size[wrong].tolist()} rows"
+            )
         check.ids_in_range("rows", self.rows, 0, self.noisy_ids.numel(), "flat indices into B*n*T")
-        if self.rows.numel() > 1 and not bool((self.rows[1:] > self.rows[:-1]).all()):
-            raise ValueError("rows must be strictly ascending")
+        if bool((self.rows.diff() <= 0).any()):
+            at = int((self.rows.diff() <= 0).nonzero()[0, 0])
+            raise ValueError(f"rows must be strictly ascending, got {self.rows[at : at + 2].tolist()} at {at}")
+        segment = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=size.device), size)
+        stray = (self.rows // self.noisy_ids.shape[2] != segment).nonzero().flatten()[:4]
+        if stray.numel():
+            raise ValueError(
+                f"rows {self.rows[stray].tolist()} lie outside their segments {segment[stray].tolist()}: "
+                f"segment s owns s*T .. s*T + T - 1 with T={self.noisy_ids.shape[2]}"
+            )
+        check.ids_in_range("targets", self.targets, 0, MAX_ID + 1, "token ids")
+        check.finite("segment_weight", self.segment_weight)
 
     @property
     def n_mc(self) -> int:
@@ -67,16 +92,17 @@ class MaskDraw:
             logp: ``[N]`` fp32 (or fp64) log-probabilities of the masked rows, in the order of ``rows``.
 
         Raises:
-            ValueError: another length than N. TypeError: another dtype.
+            ValueError: another length than N, another device. TypeError: another dtype.
         """
         check.dtype("logp", check.tensor("logp", logp), torch.float32, torch.float64)
         check.shape("logp", logp, (self.num_rows,), " (one per masked row)")
+        check.same_device("logp", logp, "rows", self.rows)
         backend = resolve("auto", logp.device)
         sums = bound_ops.segment_sum(logp, self.segment_offsets, self.segment_weight.flatten(), backend)
         return sums.view(self.segment_weight.shape)
 
     def sequence(self, b: int, lo: int, hi: int, keep: Tensor) -> MaskDraw:
-        """Samples lo..hi-1 of sequence b alone, its tokens restricted to the indices ``keep [T'] int64`` (no padding)."""
+        """Samples lo..hi-1 of sequence b alone, its tokens restricted to the indices ``keep [T'] int64``."""
         samples, tokens = self.noisy_ids.shape[1:]
         first = b * samples + lo
         begin, end = self.host_offsets[first], self.host_offsets[first + hi - lo]

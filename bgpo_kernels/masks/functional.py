@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import validation as check
 from ..backends import resolve
 from . import ops
-from .draw import MaskDraw
+from .draw import MAX_ID, MaskDraw
 from .schedule import HARMONIC, SCHEDULES, SCHEMES, CountSchedule, DrawSpec, count_tables, prompt_threshold
 
 
@@ -35,12 +35,12 @@ def random_mask(
 
     * ``exact``: l from ``schedule``, a uniform random l-subset of the L response tokens, weight ``(L/l)(1/L)/q(l)``.
     * ``bernoulli``: t in (0, 1], each response token masked with probability t, weight ``1/t``.
-    * ``coupled``: samples 2i and 2i+1 are complements, l ~ U{0..L}, weights ``(L+1)/l`` and ``(L+1)/(L-l)``, 0 when empty.
+    * ``coupled``: samples 2i, 2i+1 are complements, l ~ U{0..L}, weights ``(L+1)/l`` and ``(L+1)/(L-l)``, 0 if empty.
     * ``full``: every response token, weight 1 (not an ELBO: diffu-GRPO's one-step estimate).
 
     Args:
         input_ids: ``[B, T]`` int64, clean tokens.
-        response_mask: ``[B, T]`` bool, True where a token may be masked and is scored. Any pattern; at least one per row.
+        response_mask: ``[B, T]`` bool, True where a token may be masked and is scored. Any pattern, one or more a row.
         mask_token_id: id written over masked tokens; the response must not hold it already.
         n_mc: samples per sequence; even for ``coupled``.
         seed: 0 .. 2^64-1.
@@ -61,7 +61,9 @@ def random_mask(
             or schedule, a backend that cannot serve the device.
     """
     check_draw_tensors(input_ids, response_mask, sample_ids, prompt_mask)
-    lo, hi = _check_numbers(n_mc, seed, mask_token_id, mc_range, scheme, schedule)
+    n_mc, seed, mask_token_id = _check_numbers(n_mc, seed, mask_token_id)
+    _check_law(scheme, schedule, n_mc)
+    lo, hi = _check_range(mc_range, n_mc)
     probability = check.number("prompt_mask_prob", prompt_mask_prob, 0.0, high=1.0)
     if probability > 0 and prompt_mask is None:
         raise ValueError("prompt_mask_prob > 0 needs prompt_mask [B, T] bool")
@@ -78,8 +80,9 @@ def make_spec(
     device: torch.device,
 ) -> DrawSpec:  # fmt: skip
     """A validated spec of all n_mc samples; the estimators cut ranges out of it."""
-    lo, hi = _check_numbers(n_mc, seed, mask_token_id, None, scheme, schedule)
-    return _spec(scheme, schedule, n_mc, lo, hi, seed, mask_token_id, 0.0, lengths, device)
+    n_mc, seed, mask_token_id = _check_numbers(n_mc, seed, mask_token_id)
+    _check_law(scheme, schedule, n_mc)
+    return _spec(scheme, schedule, n_mc, 0, n_mc, seed, mask_token_id, 0.0, lengths, device)
 
 
 def draw_unchecked(
@@ -133,10 +136,18 @@ def check_draw_tensors(input_ids: Any, response_mask: Any, sample_ids: Any, prom
         check.same_device("sample_ids", sample_ids, "input_ids", input_ids)
 
 
-def _check_numbers(n_mc, seed, mask_token_id, mc_range, scheme, schedule) -> tuple[int, int]:
-    check.integer("n_mc", n_mc, 1)
-    check.integer("seed", seed, 0, check.MAX_SEED)
-    check.integer("mask_token_id", mask_token_id, 0)
+def _check_numbers(n_mc: Any, seed: Any, mask_token_id: Any) -> tuple[int, int, int]:
+    """As Python ints: NumPy's, which are let in, would wrap around in ``n_mc << 32``."""
+    return (
+        check.integer("n_mc", n_mc, 1),
+        check.integer("seed", seed, 0, check.MAX_SEED),
+        check.integer("mask_token_id", mask_token_id, 0, MAX_ID),
+    )
+
+
+def _check_law(scheme: Any, schedule: Any, n_mc: int) -> None:
+    if not isinstance(scheme, str):
+        raise TypeError(f"scheme must be a name, got {type(scheme).__name__}")
     if scheme not in SCHEMES:
         raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}; got {scheme!r}")
     if not isinstance(schedule, CountSchedule):
@@ -144,11 +155,14 @@ def _check_numbers(n_mc, seed, mask_token_id, mc_range, scheme, schedule) -> tup
             raise TypeError(f"schedule must be a name or a CountSchedule, got {type(schedule).__name__}")
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or a CountSchedule; got {schedule!r}")
-    if scheme in ("bernoulli", "coupled") and schedule not in ("uniform", "stratified"):
+    if scheme != "exact" and schedule not in ("uniform", "stratified"):
         name = schedule.name if isinstance(schedule, CountSchedule) else schedule
         raise ValueError(f"scheme={scheme!r} takes schedule 'uniform' or 'stratified', not {name!r}")
     if scheme == "coupled" and n_mc % 2:
         raise ValueError(f"scheme='coupled' pairs samples, so n_mc must be even; got {n_mc}")
+
+
+def _check_range(mc_range: Any, n_mc: int) -> tuple[int, int]:
     if mc_range is None:
         return 0, n_mc
     if not (isinstance(mc_range, tuple | list) and len(mc_range) == 2):
@@ -166,11 +180,11 @@ def check_response(
     lengths = response_mask.sum(-1).tolist()
     if 0 in lengths:
         rows = [b for b, length in enumerate(lengths) if length == 0]
-        raise ValueError(f"response_mask has no True in row(s) {rows[:8]}: a sequence needs at least one response token")
+        raise ValueError(f"response_mask has no True in row(s) {rows[:8]}: a sequence needs a response token")
     if n_mc * (max(lengths) + 1) >= 2**31:
         raise ValueError(f"n_mc * (L + 1) must stay below 2^31, got n_mc={n_mc} and L={max(lengths)}")
     response = input_ids[response_mask]
-    check.ids_in_range("input_ids", input_ids, 0, 2**31, "token ids")
+    check.ids_in_range("input_ids", input_ids, 0, MAX_ID + 1, "token ids")
     if bool((response == mask_token_id).any()):
         rows = (response_mask & (input_ids == mask_token_id)).any(-1).nonzero().flatten()[:8].tolist()
         raise ValueError(

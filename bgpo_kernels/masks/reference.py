@@ -4,8 +4,8 @@ Philox4x32-10 with key = (seed low 32, seed high 32) and counter = (position, j,
 (sample_id >> 32 & 0xFFFFFF) | purpose << 24). Position is the rank of a token inside its response, so masks depend on
 logical coordinates alone: not on padding, batch shape, micro-batch, rank or device.
 
-Unsigned 32-bit words live in int64 tensors; the only 64-bit product that needs care is the multiplication inside Philox,
-done in 16-bit halves. This is written to be read, not to be fast.
+Unsigned 32-bit words live in int64 tensors; the only 64-bit product that needs care is the one inside Philox, done
+in 16-bit halves. This is written to be read, not to be fast.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How many tokens a Monte Carlo sample masks: laws over the mask count l, and the plain data a backend needs.
 
-A count law q(l) > 0 on l = 1..L gives every masked token the weight ``(L/l) * (1/L) / q(l) = 1 / (l q(l))``, which keeps
-the ELBO estimate unbiased whatever q is: ``E[w * sum_M log p] = sum_l q(l) * 1/(l q(l)) * l * mean_l`` does not depend
-on q. The uniform law has weight L/l; the harmonic law ``q(l) = 1/(l H_L)`` has the same weight H_L for every token.
+A count law q(l) > 0 on l = 1..L gives every masked token the weight ``(L/l) * (1/L) / q(l) = 1 / (l q(l))``, which
+keeps the ELBO estimate unbiased: ``E[w * sum_M log p] = sum_l q(l) * 1/(l q(l)) * l * mean_l`` does not depend on q.
+The uniform law has weight L/l; the harmonic law ``q(l) = 1/(l H_L)`` has the same weight H_L for every token.
 
 Draws of a law given by a table use integers only (mask stream, version 1): with the stratified word
 ``u_j = (j << 32) + r_j`` of sample j, l is the smallest count whose cumulative probability exceeds ``u_j / (n << 32)``,
@@ -34,6 +34,7 @@ class CountSchedule:
         name: shown in error messages.
 
     Raises:
+        TypeError: a law that is neither (a function's result is looked at when it is drawn from).
         ValueError: at draw time, when the law does not fit a response length or is not a positive distribution.
     """
 
@@ -41,21 +42,34 @@ class CountSchedule:
     name: str = "custom"
 
     def __post_init__(self) -> None:
-        if not callable(self.law):
+        if callable(self.law):
+            return
+        try:
             object.__setattr__(self, "law", tuple(float(q) for q in self.law))
+        except (TypeError, ValueError):
+            raise TypeError(f"law must hold probabilities q(1..L) or be a function of L, got {self.law!r}") from None
 
     def probabilities(self, length: int) -> Tensor:
         """q(1..L) as fp64 ``[L]``, normalised."""
         values = self.law(length) if callable(self.law) else self.law
-        q = torch.as_tensor(values, dtype=torch.float64).flatten().cpu()
+        try:
+            q = torch.as_tensor(values, dtype=torch.float64).flatten().cpu()
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"schedule {self.name!r}: law({length}) must return probabilities, got {values!r}"
+            ) from None
         if q.numel() != length:
             raise ValueError(
                 f"schedule {self.name!r} gives {q.numel()} probabilities for a response of {length} tokens; "
                 "pass a function of the length to serve several lengths"
             )
-        if not bool(torch.isfinite(q).all()) or not bool((q > 0).all()):
-            raise ValueError(f"schedule {self.name!r}: every probability must be positive and finite (L={length})")
-        total = float(q.sum())
+        bad = (~(torch.isfinite(q) & (q > 0))).nonzero().flatten()[:4]
+        if bad.numel():
+            raise ValueError(
+                f"schedule {self.name!r}: every probability must be positive and finite (L={length}); "
+                f"got {q[bad].tolist()} at counts {(bad + 1).tolist()}"
+            )
+        total = math.fsum(q.tolist())  # rounded once: tables must not depend on how a machine vectorises a sum
         if abs(total - 1.0) > 1e-6:
             raise ValueError(f"schedule {self.name!r}: probabilities sum to {total:.9g}, not 1 (L={length})")
         return q / total
@@ -71,7 +85,7 @@ class CountSchedule:
 
 def _harmonic_law(length: int) -> Tensor:
     inverse = 1.0 / torch.arange(1, length + 1, dtype=torch.float64)
-    return inverse / inverse.sum()
+    return inverse / math.fsum(inverse.tolist())
 
 
 HARMONIC = CountSchedule(_harmonic_law, name="harmonic")
@@ -109,7 +123,7 @@ class DrawSpec:
 
 
 def count_tables(schedule: CountSchedule, lengths: Sequence[int], n_mc: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Concatenated tables of the distinct lengths, and where each sequence's own begins: ``(thresholds, weights, start)``."""
+    """``(thresholds, weights, start)``: tables of the distinct lengths, end to end, and where each sequence's is."""
     start_of: dict[int, int] = {}
     thresholds: list[Tensor] = []
     weights: list[Tensor] = []
