@@ -21,10 +21,18 @@ struct Chunk {
     int64_t stats_stride;
 };
 
+// Where a response lies in its row: nearly always one run, and then loads and stores vectorise.
+struct Response {
+    int64_t length, first;
+    const int64_t* index;  // null for a run, else the index in T of every response token
+
+    bool contiguous() const { return index == nullptr; }
+    int64_t operator[](int64_t p) const { return index ? index[p] : first + p; }
+};
+
 struct DrawArgs {
     const int64_t* input_ids;       // [batch, tokens]
-    const int64_t* response_start;  // [batch + 1]: offsets into `positions`
-    const int64_t* positions;       // index in T of every response token, sequence by sequence
+    const Response* responses;      // [batch]
     const uint8_t* prompt_mask;     // [batch, tokens] or null
     const int64_t* sample_ids;      // [batch]
     int64_t batch, tokens, n, lo, hi;
@@ -35,9 +43,6 @@ struct DrawArgs {
     const int64_t* thresholds;      // count tables, or null
     const float* table_weights;
     const int64_t* table_start;     // [batch]
-
-    int64_t response_length(int64_t b) const { return response_start[b + 1] - response_start[b]; }
-    const int64_t* response_positions(int64_t b) const { return positions + response_start[b]; }
 };
 
 struct Kernels {

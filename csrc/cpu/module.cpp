@@ -1,6 +1,9 @@
 // bgpo_kernels._cpu: raw addresses and sizes in, nothing of torch. Callers (native.py) check dtypes, shapes and strides.
 #include <pybind11/pybind11.h>
 
+#include <cstring>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "../bgpo/philox.h"
@@ -48,27 +51,40 @@ Chunk make_chunk(uintptr_t logits, int type, int64_t rows, int64_t vocab, int64_
             pointer<void>(stats), stats_stride};
 }
 
-// DrawArgs plus the index of response positions, which both passes over the segments need.
+// DrawArgs plus where the responses lie, which both passes over the segments need.
 struct Draw {
-    std::vector<int64_t> start, positions;
+    std::vector<Response> responses;
+    std::vector<std::vector<int64_t>> scattered;  // indices of responses that are not one run
     DrawArgs args;
 
     Draw(uintptr_t ids, uintptr_t response, uintptr_t prompt, uintptr_t sample_ids, int64_t batch, int64_t tokens,
          int64_t n, int64_t lo, int64_t hi, uint64_t seed, int64_t mask_token_id, int scheme, int schedule,
-         int64_t prompt_threshold, uintptr_t thresholds, uintptr_t table_weights, uintptr_t table_start)
-        : start(1, 0) {
-        const auto* in_response = pointer<const uint8_t>(response);
-        for (int64_t i = 0; i < batch * tokens; ++i) {
-            if (in_response[i]) positions.push_back(i % tokens);
-            if ((i + 1) % tokens == 0) start.push_back(static_cast<int64_t>(positions.size()));
-        }
-        args = {pointer<const int64_t>(ids), start.data(), positions.data(), pointer<const uint8_t>(prompt),
+         int64_t prompt_threshold, uintptr_t thresholds, uintptr_t table_weights, uintptr_t table_start) {
+        for (int64_t b = 0; b < batch; ++b) locate(pointer<const uint8_t>(response) + b * tokens, tokens);
+        args = {pointer<const int64_t>(ids), responses.data(), pointer<const uint8_t>(prompt),
                 pointer<const int64_t>(sample_ids), batch, tokens, n, lo, hi, seed, mask_token_id, scheme, schedule,
                 prompt_threshold, pointer<const int64_t>(thresholds), pointer<const float>(table_weights),
                 pointer<const int64_t>(table_start)};
     }
     Draw(const Draw&) = delete;
     Draw& operator=(const Draw&) = delete;
+
+   private:
+    void locate(const uint8_t* mask, int64_t tokens) {
+        const auto* begin = static_cast<const uint8_t*>(std::memchr(mask, 1, tokens));
+        const int64_t first = begin ? begin - mask : tokens;
+        const auto* zero = static_cast<const uint8_t*>(std::memchr(mask + first, 0, tokens - first));
+        const int64_t end = zero ? zero - mask : tokens;
+        if (std::memchr(mask + end, 1, tokens - end) == nullptr) {
+            responses.push_back({end - first, first, nullptr});
+            return;
+        }
+        std::vector<int64_t> index;
+        for (int64_t t = first; t < tokens; ++t)
+            if (mask[t]) index.push_back(t);
+        scattered.push_back(std::move(index));  // moving a vector keeps its buffer, so the pointer below stays good
+        responses.push_back({static_cast<int64_t>(scattered.back().size()), first, scattered.back().data()});
+    }
 };
 
 py::tuple philox_words(uint32_t x, uint32_t y, uint32_t z, uint32_t w, uint64_t seed) {
