@@ -174,23 +174,26 @@ def _check_range(mc_range: Any, n_mc: int) -> tuple[int, int]:
 def check_response(
     input_ids: Tensor, response_mask: Tensor, prompt_mask: Tensor | None, mask_token_id: int, n_mc: int
 ) -> tuple[list[int], int]:
-    """Checks of tensor values, and the response lengths and largest response id on the host."""
-    if input_ids.shape[0] == 0:
-        raise ValueError("input_ids holds no sequence: shape [0, T]")
-    lengths = response_mask.sum(-1).tolist()
+    """Checks of tensor values, and the response lengths and largest response id on the host: one host read in all."""
+    if input_ids.numel() == 0:
+        raise ValueError(f"input_ids holds no token: shape {list(input_ids.shape)}")
+    held = response_mask & (input_ids == mask_token_id)
+    overlap = held if prompt_mask is None else prompt_mask & response_mask
+    largest = torch.where(response_mask, input_ids, 0).amax()
+    facts = torch.stack((*input_ids.aminmax(), largest, held.any().long(), overlap.any().long()))
+    *lengths, lowest, highest, max_id, any_held, any_overlap = torch.cat((response_mask.sum(-1), facts)).tolist()
     if 0 in lengths:
         rows = [b for b, length in enumerate(lengths) if length == 0]
         raise ValueError(f"response_mask has no True in row(s) {rows[:8]}: a sequence needs a response token")
     if n_mc * (max(lengths) + 1) >= 2**31:
         raise ValueError(f"n_mc * (L + 1) must stay below 2^31, got n_mc={n_mc} and L={max(lengths)}")
-    response = input_ids[response_mask]
-    check.ids_in_range("input_ids", input_ids, 0, MAX_ID + 1, "token ids")
-    if bool((response == mask_token_id).any()):
-        rows = (response_mask & (input_ids == mask_token_id)).any(-1).nonzero().flatten()[:8].tolist()
+    if lowest < 0 or highest > MAX_ID:
+        check.ids_in_range("input_ids", input_ids, 0, MAX_ID + 1, "token ids")
+    if any_held:
         raise ValueError(
-            f"the response of row(s) {rows} already holds the mask token {mask_token_id}: it cannot be scored there; "
-            "leave those positions out of response_mask"
+            f"the response of row(s) {held.any(-1).nonzero().flatten()[:8].tolist()} already holds the mask token "
+            f"{mask_token_id}: it cannot be scored there; leave those positions out of response_mask"
         )
-    if prompt_mask is not None and bool((prompt_mask & response_mask).any()):
+    if any_overlap and prompt_mask is not None:
         raise ValueError("prompt_mask and response_mask overlap: a token is either prompt or response")
-    return lengths, int(response.max())
+    return lengths, max_id
