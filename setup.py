@@ -25,7 +25,10 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
-CPU_COMMON = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+CPU_COMMON = [
+    *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),  # the last: see rounded_product in softmax.h
+]
 # table name -> -march; the baseline runs anywhere, the others are chosen by CPUID.
 CPU_TABLES = {"kernels_baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):

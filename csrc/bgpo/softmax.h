@@ -18,25 +18,36 @@ namespace bgpo {
 constexpr float kExpLow = -87.33654f;  // below: exp is subnormal, flushed to 0
 constexpr float kExpHigh = 88.72283f;
 
+#if !defined(__CUDA_ARCH__)
+// a b + c, fused where the machine can. Host code is compiled without contraction of its own (see rounded_product), so a
+// polynomial asks for it here.
+BGPO_HD float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+#endif
+
 // exp within 1 ulp; on the host a polynomial that vectorises (Cody-Waite reduction, degree 6). On the device the library's:
 // subnormal below kExpLow, because flushing it there becomes a branch around every exp.
 BGPO_HD float exp_(float x) {
 #if defined(__CUDA_ARCH__)
     return expf(x);
 #else
-    float c = x < kExpLow ? kExpLow : x;  // NaN passes both comparisons unchanged
-    c = c > kExpHigh ? kExpHigh : c;
+    const float c = x > kExpHigh ? kExpHigh : x;  // a NaN passes; below kExpLow the result is discarded
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low mantissa bits
-    const float shifted = c * 1.44269504088896341f + magic;
+    const float shifted = multiply_add(c, 1.44269504088896341f, magic);
     const float n = shifted - magic;
-    const float r = (c - n * 0.693359375f) + n * 2.12194440e-4f;
+    const float r = multiply_add(n, 2.12194440e-4f, multiply_add(n, -0.693359375f, c));
     float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
+    p = multiply_add(p, r, 1.3981999507e-3f);
+    p = multiply_add(p, r, 8.3334519073e-3f);
+    p = multiply_add(p, r, 4.1665795894e-2f);
+    p = multiply_add(p, r, 1.6666665459e-1f);
+    p = multiply_add(p, r, 5.0000001201e-1f);
+    p = multiply_add(p, r * r, r) + 1.0f;
     const uint32_t exponent = (float_bits(shifted) - float_bits(magic) + 126u) << 23;  // 2^(n-1): n = 128 would overflow
     const float y = (p + p) * bits_float(exponent);
     return x < kExpLow ? 0.0f : y;
@@ -53,11 +64,11 @@ BGPO_HD float tanh_(float x) {
     const float large = 1.0f - 2.0f / (e + 1.0f);
     const float q = x * x;  // odd polynomial where 1 - 2/(e+1) would cancel
     float p = -5.70498872745e-3f;
-    p = p * q + 2.06390887954e-2f;
-    p = p * q - 5.37397155531e-2f;
-    p = p * q + 1.33314422036e-1f;
-    p = p * q - 3.33332819422e-1f;
-    const float small = x + x * q * p;
+    p = multiply_add(p, q, 2.06390887954e-2f);
+    p = multiply_add(p, q, -5.37397155531e-2f);
+    p = multiply_add(p, q, 1.33314422036e-1f);
+    p = multiply_add(p, q, -3.33332819422e-1f);
+    const float small = multiply_add(x * q, p, x);
     const float signed_large = x < 0 ? -large : large;
     return a < 0.625f ? small : signed_large;  // a NaN takes the second branch and stays a NaN
 #endif
@@ -72,8 +83,9 @@ struct Transform {
 template <typename T>
 BGPO_HD T capped_tanh(T raw, const Transform<T>& f) { return tanh_(raw * f.scale / f.cap); }
 
-// A product that a CUDA compiler may not contract into a later subtraction: z minus the maximum of the z must be exactly
-// 0 at the maximum, or the sum could fall below 1 and a log-probability rise above 0.
+// A product that no compiler may contract into a later subtraction: z minus the maximum of the z must be exactly 0 at the
+// maximum, or probabilities would be off by a rounding of z itself (5e-5 at z = 200) and no longer sum to 1. Hosts are
+// compiled with -ffp-contract=off; a CUDA compiler is told here.
 BGPO_HD float rounded_product(float a, float b) {
 #if defined(__CUDA_ARCH__)
     return __fmul_rn(a, b);

@@ -18,7 +18,7 @@ void bound(const T* logprob, const float* advantages, const T* old, const float*
     for (int64_t b = 0; b < batch; ++b) {
         const T divisor = length ? static_cast<T>(length[b]) : T(1);
         for (int64_t i = b * n; i < (b + 1) * n; ++i) {
-            const T d = old ? (logprob[i] - old[i]) / divisor : T(0);
+            const T d = (logprob[i] - (old ? old[i] : logprob[i])) / divisor;  // on-policy 0, or NaN: it must show
             const auto result = bound_term(d, static_cast<T>(advantages[b]), divisor, clip);
             term[i] = result.term;
             slope[i] = result.slope;

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads)
     if (i >= size) return;
     const int64_t b = i / n;
     const T divisor = length ? static_cast<T>(length[b]) : T(1);
-    const T d = old ? (logprob[i] - old[i]) / divisor : T(0);
+    const T d = (logprob[i] - (old ? old[i] : logprob[i])) / divisor;  // on-policy 0, or NaN: it must show
     const auto result = bound_term(d, static_cast<T>(advantages[b]), divisor, clip);
     term[i] = result.term;
     slope[i] = result.slope;
