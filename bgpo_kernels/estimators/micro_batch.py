@@ -55,11 +55,12 @@ class MicroBatches:
             lo = hi
 
     def shrink(self, b: int) -> bool:
-        """Halve after an out-of-memory; False when one sample of sequence b was all there was."""
+        """Halve what was alive at an out-of-memory; False when that was one sample of sequence b."""
         tokens = self.problem.sequences[b].tokens
-        if not self.automatic or self.tokens < 2 * tokens:
+        alive = min(self.problem.n_mc, self.tokens // tokens)
+        if not self.automatic or alive < 2:
             return False
-        self.tokens = _learned[unwrap(self.problem.model)] = max(tokens, self.tokens // 2)
+        self.tokens = _learned[unwrap(self.problem.model)] = alive // 2 * tokens
         return True
 
     def run(self, sequences: list[int], body: Callable[[int, int, int], None], restart: Callable[[], None]) -> None:
@@ -69,10 +70,11 @@ class MicroBatches:
             # Outside the except block: the traceback no longer keeps the failed graph alive.
             restart()
             if not self.shrink(b):
+                given = f"micro_batch_tokens={self.tokens} do not fit (None would halve them)"
+                single = f"one sample of {self.problem.sequences[b].tokens} tokens does not fit"
                 raise torch.OutOfMemoryError(
-                    f"{error}\nbgpo_kernels: one sample of {self.problem.sequences[b].tokens} tokens does not fit"
-                    + ("" if self.automatic else f" (micro_batch_tokens={self.tokens}; None would halve it)")
-                    + "; use gradient checkpointing or a smaller workspace (set_workspace_bytes)"
+                    f"{error}\nbgpo_kernels: {single if self.automatic else given}; use smaller micro-batches, "
+                    "gradient checkpointing or a smaller workspace (set_workspace_bytes)"
                 )
             if self.problem.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -101,38 +103,45 @@ def _first_guess(problem: Problem) -> int:
 class GradientGuard:
     """Makes a call that accumulates into .grad all or nothing.
 
-    Gradients that exist when the call begins are set aside and added back at its end, so that a failure at any moment
-    can be undone exactly; the price, one more set of gradients, is paid only by calls that add to existing ones.
+    Gradients that hold something when the call begins are set aside and added to at its end, so that a failure at any
+    moment can be undone exactly; the price, one more set of gradients, is paid only by calls that add to earlier ones.
+    Buffers of zeros (``zero_grad(set_to_none=False)``) are accumulated into as they are, and zeroed on failure.
     """
 
     def __init__(self, model: nn.Module, sink: HeadSink) -> None:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._sink = sink
-        self._aside = [p.grad for p in self._parameters]
+        holds = _hold_something([p.grad for p in self._parameters])
+        pairs = list(zip((p.grad for p in self._parameters), holds, strict=True))
+        self._aside = [grad if held else None for grad, held in pairs]
+        self._zeros = [None if held else grad for grad, held in pairs]
 
     def clear(self) -> None:
         """Drop what this call has accumulated so far."""
         self._sink.reset()
-        for parameter in self._parameters:
-            parameter.grad = None
+        for parameter, zeros in zip(self._parameters, self._zeros, strict=True):
+            parameter.grad = None if zeros is None else zeros.zero_()
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
         """Inside, .grad holds this call's gradients alone; leaving adds them to the earlier ones, or restores those."""
-        self.clear()
+        for parameter, zeros in zip(self._parameters, self._zeros, strict=True):
+            parameter.grad = zeros
         try:
             yield
             self._sink.flush()
             self._assert_finite()
         except BaseException:
             self.clear()
-            for parameter, before in zip(self._parameters, self._aside, strict=True):
-                parameter.grad = before
+            self._bring_back(add=False)
             raise
+        self._bring_back(add=True)
+
+    def _bring_back(self, add: bool) -> None:
         for parameter, before in zip(self._parameters, self._aside, strict=True):
             if before is None:
                 continue
-            if parameter.grad is not None:
+            if add and parameter.grad is not None:
                 before.add_(parameter.grad)
             parameter.grad = before
 
@@ -143,6 +152,15 @@ class GradientGuard:
                 "non-finite gradient: nothing was added to .grad; skip this step (log-probabilities were "
                 "finite, so the overflow is in the model's backward)"
             )
+
+
+def _hold_something(gradients: list[Tensor | None]) -> list[bool]:
+    """Which gradients exist and are not all zeros; one host read."""
+    present = [g for g in gradients if g is not None]
+    if not present:
+        return [False] * len(gradients)
+    flags = iter(torch.stack([g.any().to(present[0].device) for g in present]).tolist())
+    return [g is not None and next(flags) for g in gradients]
 
 
 def largest_magnitude(tensors: list[Tensor]) -> Tensor:
