@@ -156,6 +156,18 @@ def test_random_state_is_restored_when_the_model_draws() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_the_probe_runs_in_evaluation_mode_without_gradients_or_cache() -> None:
+    seen = []
+
+    class Watches(Mixer):
+        def forward(self, input_ids: Tensor, use_cache: bool | None = None) -> Any:  # type: ignore[override]
+            seen.append((torch.is_grad_enabled(), self.training, self.drop.training, use_cache))
+            return super().forward(input_ids)
+
+    _probe(Watches().train())
+    assert set(seen) == {(False, False, False, False)}
+
+
 def test_it_costs_once_per_model_and_question() -> None:
     model = Mixer()
     counts = []

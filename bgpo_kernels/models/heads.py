@@ -267,16 +267,9 @@ def capture_head(
     the head is called a second time or not at all, and ValueError when its weight is not whole there.
     """
     module, attribute = spec.module, _forward_attribute(spec.module)
-    missing = object()
-    original = vars(module).get(attribute, missing)
+    restore = _restorer(module, attribute)
     capture = Capture()
     standing_in: list[Tensor] = []  # the placeholder on its way from the forward to the last hook
-
-    def restore() -> None:
-        if original is missing:
-            vars(module).pop(attribute, None)
-        else:
-            setattr(module, attribute, original)
 
     # Compiled models must run this eagerly: traced, `consume` would be baked into a graph that outlives the context.
     @torch.compiler.disable
@@ -286,11 +279,12 @@ def capture_head(
             raise RuntimeError(f"{_called(model)} called its head twice; one call per capture_head can be served")
         _refuse_unfit(module, input)
         capture.calls += 1
+        this = vars(module)[attribute]  # not by its name: a function that holds itself keeps `capture` until a gc run
         restore()
         try:
             value = consume(input)
         finally:
-            setattr(module, attribute, forward)
+            setattr(module, attribute, this)
         standing_in.append(placeholder(input))
         return value
 
@@ -316,6 +310,19 @@ def capture_head(
             f"{_called(model)} did not call the head that was found, a {type(module).__name__}: a tied weight used "
             "through F.linear, a fused loss inside the model, or the wrong module given as head="
         )
+
+
+def _restorer(module: nn.Module, attribute: str) -> Callable[[], None]:
+    """A function that puts the instance attribute back to what it is now, or to being absent."""
+    present, original = attribute in vars(module), vars(module).get(attribute)
+
+    def restore() -> None:
+        if present:
+            setattr(module, attribute, original)
+        else:
+            vars(module).pop(attribute, None)
+
+    return restore
 
 
 def _lead_value_through(unit: nn.Module, capture: Capture) -> list[RemovableHandle]:
