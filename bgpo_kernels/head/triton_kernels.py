@@ -55,14 +55,17 @@ def _tile(vocab: int, width: int) -> RowTile:
 
 @triton.jit
 def _tanh(u):
-    """tanh by (1 - t) / (1 + t), t = exp(-2|u|); in fp32, near 0, where 1 - t cancels, by its series (error 2e-9)."""
+    """tanh within 2 ulp: 1 - 2t / (1 + t), t = exp(-2|u|); in fp32, near 0, where that cancels, a minimax polynomial.
+
+    u + u v P(v) with v = u^2 and P of degree 4 fitted to (tanh(u) / u - 1) / v on |u| < 0.625, relative error 4.5e-9.
+    """
     size = tl.abs(u)
     t = tl.exp(-2.0 * size)
-    value = (1.0 - t) / (1.0 + t)
+    value = 1.0 - 2.0 * t / (1.0 + t)
     if u.dtype == tl.float32:
         v = u * u
-        series = size * (1.0 + v * (-1.0 / 3.0 + v * (2.0 / 15.0 + v * (-17.0 / 315.0 + v * (62.0 / 2835.0)))))
-        value = tl.where(size < 0.25, series, value)
+        p = -0.333332831 + v * (0.133314662 + v * (-0.0537413543 + v * (0.0206436687 + v * -0.00570949976)))
+        value = tl.where(size < 0.625, size + size * (v * p), value)
     return tl.where(u < 0, -value, value)
 
 
