@@ -76,10 +76,16 @@ def _buffer(size: int, device: torch.device) -> Tensor:
         if buffer is None or buffer.numel() < size:
             _cuda_buffers.pop(key, None)
             buffer = None  # free the smaller one before asking for more
-            buffer = _cuda_buffers[key] = torch.empty(size, dtype=torch.uint8, device=device)
+            buffer = _cuda_buffers[key] = _new(size, device)
         return buffer
     buffer = getattr(_cpu, "buffer", None)
     if buffer is None or buffer.numel() < size:
         buffer = _cpu.buffer = None
-        buffer = _cpu.buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        buffer = _cpu.buffer = _new(size, device)
     return buffer
+
+
+@torch.inference_mode(False)
+def _new(size: int, device: torch.device) -> Tensor:
+    """Never an inference tensor: a buffer made while scoring under inference_mode is written to in training too."""
+    return torch.empty(size, dtype=torch.uint8, device=device)

@@ -40,7 +40,7 @@ def make_clip(clip_range: float | tuple[float, float] | None, dual_clip: float |
     """Validated clip limits.
 
     Raises:
-        TypeError, ValueError: ``clip_range`` not a number in [0, 1) for the lower side, not >= 0 for the upper one, or
+        TypeError, ValueError: ``clip_range`` not a number in [0, 1] for the lower side, not >= 0 for the upper one, or
             ``dual_clip`` not above 1.
     """
     low = high = dual = math.inf
@@ -109,17 +109,17 @@ def check_bound_inputs(logprob: Tensor, advantages: Tensor, old_logprob: Tensor 
     """Shapes, dtypes and finiteness of what enters the bound."""
     check.dtype("logprob", logprob, torch.float32, torch.float64)
     check.shape("logprob", logprob, ("B", "n"))
+    if logprob.numel() == 0:
+        raise ValueError(f"logprob [B, n] must hold at least one sample, got {list(logprob.shape)}")
+    check.same_device("advantages", check.tensor("advantages", advantages), "logprob", logprob)
     check_advantages(advantages, logprob.shape[0])
-    check.same_device("advantages", advantages, "logprob", logprob)
     if old_logprob is not None:
+        check.same_device("old_logprob", check.tensor("old_logprob", old_logprob), "logprob", logprob)
         check_old_logprob(old_logprob, logprob.shape[0], logprob.shape[1])
         check.finite("old_logprob", old_logprob)
-        check.same_device("old_logprob", old_logprob, "logprob", logprob)
     if length is not None:
-        check.shape("length", check.tensor("length", length), (logprob.shape[0],), " (one per sequence)")
-        check.same_device("length", length, "logprob", logprob)
-        if not bool((length > 0).all()):
-            raise ValueError(f"length must be positive, got {length.tolist()}")
+        check.same_device("length", check.tensor("length", length), "logprob", logprob)
+        check_length(length, logprob.shape[0])
 
 
 def check_advantages(advantages: Tensor, batch: int) -> None:
@@ -136,6 +136,15 @@ def check_old_logprob(old_logprob: Tensor, batch: int, samples: int) -> None:
     check.shape("old_logprob", old_logprob, (batch, samples), " (one per sequence and MC sample)")
 
 
+def check_length(length: Tensor, batch: int) -> None:
+    """One finite positive number per sequence."""
+    check.dtype("length", check.tensor("length", length), torch.int64, torch.int32, torch.float32, torch.float64)
+    check.shape("length", length, (batch,), " (one per sequence)")
+    check.finite("length", length)
+    if not bool((length > 0).all()):
+        raise ValueError(f"length must be positive, got {length.tolist()}")
+
+
 def bound_stats(
     logprob: Tensor,  # [B, n]
     advantages: Tensor,  # [B]
@@ -150,8 +159,9 @@ def bound_stats(
     a = advantages.double()
     ratio = d.exp()
     bound = torch.where(a[:, None] >= 0, 1.0 + d, ratio).mean(-1) @ a / normalizer
-    exact = d.mean(-1).exp() @ a / normalizer
-    ess = ratio.sum(-1).square() / ratio.square().sum(-1)
+    exact = torch.where(a == 0, 0.0, d.mean(-1).exp() * a).sum() / normalizer  # 0 times an overflow is not NaN
+    relative = (d - d.amax(-1, keepdim=True)).exp()  # neither overflows nor vanishes
+    ess = relative.sum(-1).square() / relative.square().sum(-1)
     active = (a != 0)[:, None].expand_as(d)
     clipped = ((slope == 0) & active).sum() / active.sum().clamp(min=1)
     largest = d.abs().amax() if d.numel() else d.new_zeros(())

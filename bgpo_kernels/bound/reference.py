@@ -1,6 +1,6 @@
 """BGPO's per-sample bound in plain torch: the specification.
 
-With d_j = (ell_j - ell_old_j) / length and A the advantage of the sequence (arXiv 2510.11683, eqs. for the lower bound):
+With d_j = (ell_j - ell_old_j) / length and A the advantage of the sequence (arXiv 2510.11683, the lower bound):
 
     A >= 0:  term_j = A * min(1 + d_j, 1 + clip_high)                            from e^x >= 1 + x
     A <  0:  term_j = A * min(max(exp(d_j), 1 - clip_low), dual_clip)            from Jensen: e^(mean d) <= mean e^d

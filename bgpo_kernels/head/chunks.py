@@ -24,7 +24,7 @@ class Group:
 
 
 def cut(begin: int, end: int, capacity: int) -> tuple[tuple[int, int], ...]:
-    """Consecutive pieces of ``begin:end``, each full but the last: a row's chunk mates depend on rows before it only."""
+    """Consecutive pieces of ``begin:end``, each full but the last: a row's place depends on its index only."""
     return tuple((lo, min(lo + capacity, end)) for lo in range(begin, end, capacity))
 
 

@@ -1,4 +1,4 @@
-"""Row kernels on the compiled CPU engine: see csrc/cpu/rows.inl for the cost and csrc/bgpo/softmax.h for the formulas."""
+"""Row kernels on the compiled CPU engine: csrc/cpu/rows.inl for the cost, csrc/bgpo/softmax.h for the formulas."""
 
 from __future__ import annotations
 

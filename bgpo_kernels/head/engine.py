@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from .chunks import Group, cut, plan
 from .options import LogitTransform
 
 
-@lru_cache(maxsize=None)
+@cache
 def _mm_has_out_dtype() -> bool:
     """torch >= 2.8: GEMMs of 16-bit inputs with fp32 output."""
     return hasattr(torch.ops.aten.mm, "dtype_out") and hasattr(torch.ops.aten.addmm, "dtype_out")
@@ -38,7 +38,7 @@ def _mm_has_out_dtype() -> bool:
 
 @dataclass(frozen=True)
 class Head:
-    """A head problem: N rows of ``hidden`` against the vocabulary. Tensors are detached; nothing here is differentiated."""
+    """A head problem: N rows of ``hidden`` against the vocabulary. Tensors are detached: no autograd here."""
 
     hidden: Tensor  # [R, H]
     weight: Tensor  # [V, H]
@@ -95,10 +95,16 @@ class Gradients:
         self.weight = weight if isinstance(weight, Tensor) else None
         self.bias = bias if isinstance(bias, Tensor) else None
 
-    def add_weight(self, dlogits: Tensor, x: Tensor, head: Head, last: bool) -> None:
-        """dW += dlogits^T x."""
+    @property
+    def wanted(self) -> bool:
+        """Whether anything at all is."""
+        return self.hidden is not None or self._want_weight or self._want_bias
+
+    def add_weight(self, dlogits: Tensor, x: Tensor, live: Tensor, head: Head, last: bool) -> None:
+        """dW += dlogits^T x over the rows that are ``live``: 0 times a NaN of another row must not come in."""
         if not self._want_weight:
             return
+        x = x.masked_fill(~live[:, None], 0.0)
         if self.weight is None:
             single = last and head.weight.dtype == head.gemm_dtype
             dtype = head.weight.dtype if single else head.stats_dtype
@@ -130,7 +136,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype, head: Head) -> Tensor:
 
 
 class _Chunk:
-    """One chunk in the workspace: its gathered hidden rows, its logits, and then, in the same memory, their gradient."""
+    """One chunk in the workspace: its gathered hidden rows, its logits, then, in the same memory, their gradient."""
 
     def __init__(self, head: Head, weight: Tensor, begin: int, end: int) -> None:
         self.head, self.w, self.begin, self.end = head, weight, begin, end
@@ -155,13 +161,16 @@ class _Chunk:
         self, stats: Tensor, grad_logprob: Tensor, grad_entropy: Tensor | None, into: Gradients, last: bool
     ) -> None:
         """Turns the logits into their gradient in place and feeds the two GEMMs; gradients are [chunk rows]."""
+        if not into.wanted:
+            return
         head, part = self.head, stats[:, self.begin : self.end]
         dlogits = self.kernels.dlogits_(
             self.logits, self.targets, head.bias, head.transform, part, grad_logprob, grad_entropy, head.gemm_dtype
         )
         if into.hidden is not None:
             torch.mm(dlogits, self.w, out=into.hidden[self.begin : self.end])
-        into.add_weight(dlogits, self.x, head, last)
+        live = grad_logprob != 0 if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0)
+        into.add_weight(dlogits, self.x, live, head, last)
         into.add_bias(dlogits, head)
 
 
@@ -193,7 +202,7 @@ def gradients(
     into: Gradients,
     offsets: Sequence[int] | None = None,
 ) -> None:
-    """Gradients for any upstream gradient per row, from recomputed logits and saved statistics. 2NHV more than one_pass."""
+    """Gradients for any upstream gradient per row, from saved statistics and logits computed again (2NHV)."""
     weight = head.gemm_weight()
     pieces = _pieces(head, offsets)
     for begin, end in pieces:
@@ -256,7 +265,7 @@ class _GroupRun:
         chunk.backward(self.stats, self.upstream(), None, self.into, last=single)
 
     def piece_by_piece(self) -> None:
-        grad = self.upstream() if self.group.pieces else None
+        grad = self.upstream()
         for piece in self.group.pieces:
             chunk = self.chunk(piece)
             chunk.statistics(self.stats, entropy=False)
@@ -267,15 +276,16 @@ class _GroupRun:
         for piece in self.group.pieces:
             self.chunk(piece).statistics(self.stats, entropy=False)
         self.reduce()
-        grad = self.upstream() if self.group.pieces else None
+        if not self.into.wanted:
+            return
+        grad = self.upstream()
         for piece in self.group.pieces:
             self.backward(self.chunk(piece), grad)
 
     def chunk(self, piece: tuple[int, int]) -> _Chunk:
         return _Chunk(self.head, self.weight, *piece)
 
-    def backward(self, chunk: _Chunk, grad: Tensor | None) -> None:
-        assert grad is not None
+    def backward(self, chunk: _Chunk, grad: Tensor) -> None:
         part = grad[chunk.begin - self.group.begin : chunk.end - self.group.begin]
         chunk.backward(self.stats, part, None, self.into, last=False)
 

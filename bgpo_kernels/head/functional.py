@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import validation as check
 from ..backends import resolve
-from ..bound.functional import BoundStats, bound_stats, check_advantages, check_old_logprob, make_clip
+from ..bound.functional import BoundStats, bound_stats, check_advantages, check_length, check_old_logprob, make_clip
 from ..masks.draw import MaskDraw
 from . import ops, reference
 from .options import LogitTransform
@@ -63,8 +63,7 @@ def masked_logprob(
     _check_rows(flat, weight, targets, rows)
     if support is not None:
         _check_support(support, targets, weight)
-        gathered = flat if rows is None else flat[rows]
-        logp, entropy = restricted_logprob(gathered, weight, bias, targets, support, transform)
+        logp, entropy = restricted_logprob(flat, weight, bias, rows, targets, support, transform)
         return (logp, entropy) if return_entropy else logp
     if resolved == "reference":
         both = reference.masked_logprob(flat, weight.to(flat.dtype), bias, rows, targets, transform)
@@ -124,13 +123,17 @@ def bgpo_head_loss(
         )
     check.same_device("draw", draw.rows, "hidden", hidden)
     if draw.max_target >= weight.shape[0]:
-        raise ValueError(f"draw.targets holds id {draw.max_target}, but weight {list(weight.shape)} has V={weight.shape[0]}")
+        raise ValueError(f"draw.targets holds id {draw.max_target}, but weight {list(weight.shape)} has fewer rows")
+    check.same_device("advantages", check.tensor("advantages", advantages), "hidden", hidden)
     check_advantages(advantages, batch)
     if old_logprob is not None:
+        check.same_device("old_logprob", check.tensor("old_logprob", old_logprob), "hidden", hidden)
         check_old_logprob(old_logprob, batch, samples)
         check.finite("old_logprob", old_logprob)
         old_logprob = old_logprob.detach()
-    _check_length(length, batch)
+    if length is not None:
+        check.same_device("length", check.tensor("length", length), "hidden", hidden)
+        check_length(length, batch)
     clip = make_clip(clip_range, dual_clip)
     group = check.number("normalizer", batch if normalizer is None else normalizer, 0.0, exclusive=True)
     if resolved == "reference":
@@ -185,7 +188,7 @@ def _check_rows(flat: Tensor, weight: Tensor, targets: Any, rows: Any) -> None:
     check.same_device("targets", targets, "hidden", flat)
     if rows is None:
         if targets.shape[0] != flat.shape[0]:
-            raise ValueError(f"targets has {targets.shape[0]} entries for {flat.shape[0]} hidden rows (and rows is None)")
+            raise ValueError(f"targets has {targets.shape[0]} entries for {flat.shape[0]} hidden rows (rows is None)")
     else:
         check.dtype("rows", check.tensor("rows", rows), torch.int64)
         check.shape("rows", rows, (targets.shape[0],), " (as targets)")
@@ -206,11 +209,3 @@ def _check_support(support: Any, targets: Tensor, weight: Tensor) -> None:
     ordered = support.sort(-1).values
     if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
         raise ValueError("support holds an id twice in one row: it would be counted twice")
-
-
-def _check_length(length: Any, batch: int) -> None:
-    if length is None:
-        return
-    check.shape("length", check.tensor("length", length), (batch,), " (one per sequence)")
-    if not bool((length > 0).all()):
-        raise ValueError(f"length must be positive, got {length.tolist()}")

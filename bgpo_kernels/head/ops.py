@@ -1,7 +1,8 @@
 """Registered ops of the head: ``head_statistics`` (any upstream gradient per row) and ``head_loss`` (one pass).
 
 ``backend="reference"`` here means the same chunked engine with the row kernels in plain torch; the public functions
-serve that name with plain autograd instead (``reference.py``). Empty tensors stand for gradients that were not asked for: an op's schema has no optional outputs.
+serve that name with plain autograd instead (``reference.py``). Empty tensors stand for gradients that were not asked
+for: an op's schema has no optional outputs.
 """
 
 from __future__ import annotations
@@ -13,23 +14,27 @@ from ..bound.segments import SegmentBound
 from .engine import Gradients, Head, Segments, gradients, one_pass, score
 from .options import LogitTransform
 
+
 def _head(hidden, weight, bias, rows, targets, scale, softcap, temperature, backend) -> Head:
     return Head(hidden, weight, bias, rows, targets, LogitTransform(scale, softcap or None, temperature), backend)
 
 
 def scatter_rows(grad_rows: Tensor, rows: Tensor | None, like: Tensor, unique: bool) -> Tensor:
-    """Gradient of ``hidden [R, H]`` from those of its gathered rows ``[N, H]``; repeated rows add up in fp32, in order."""
+    """Gradient of ``hidden [R, H]`` from those of its gathered rows ``[N, H]``; repeats add up in fp32, in order."""
     if rows is None:
         return grad_rows.to(like.dtype)
     if unique:
         return torch.zeros_like(like).index_copy_(0, rows, grad_rows.to(like.dtype))
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
     out = torch.zeros(like.shape, dtype=wide, device=like.device)
-    if like.device.type == "cpu":
-        out.index_add_(0, rows, grad_rows.to(wide))
-    else:  # index_add_ uses atomics on a GPU; index_put_ sorts, hence the same bits every run
-        out.index_put_((rows,), grad_rows.to(wide), accumulate=True)
-    return out.to(like.dtype)
+    return add_at(out, rows, grad_rows.to(wide)).to(like.dtype)
+
+
+def add_at(out: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """``out[index] += values`` with repeats, the same bits every run: each of torch's ways is atomic on one device."""
+    if out.device.type == "cpu":
+        return out.index_add_(0, index, values)
+    return out.index_put_((index,), values, accumulate=True)
 
 
 @torch.library.custom_op("bgpo_kernels::head_statistics", mutates_args=())
@@ -88,8 +93,7 @@ def _finish(
     head: Head, into: Gradients, need_hidden: bool, need_weight: bool, need_bias: bool, unique: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in the dtypes of their inputs; zeros where no row contributed, empty where not wanted."""
-    empty = head.hidden.new_empty(0)
-    grad_hidden = grad_weight = grad_bias = empty
+    grad_hidden, grad_weight, grad_bias = (head.hidden.new_empty(0) for _ in range(3))  # outputs may not alias
     if need_hidden:
         assert into.hidden is not None
         grad_hidden = scatter_rows(into.hidden, head.rows, head.hidden, unique)
@@ -102,7 +106,8 @@ def _finish(
     return grad_hidden, grad_weight, grad_bias
 
 
-def _empty_or(needed: bool, like: Tensor | None, hidden: Tensor) -> Tensor:
+def empty_or(needed: bool, like: Tensor | None, hidden: Tensor) -> Tensor:
+    """Fake gradient of ``like``."""
     return torch.empty_like(like) if needed and like is not None else hidden.new_empty(0)
 
 
@@ -110,9 +115,9 @@ def _empty_or(needed: bool, like: Tensor | None, hidden: Tensor) -> Tensor:
 def _(grad_stats, stats, hidden, weight, bias, rows, targets, scale, softcap, temperature, entropy, backend,
       need_hidden, need_weight, need_bias):  # fmt: skip
     return (
-        _empty_or(need_hidden, hidden, hidden),
-        _empty_or(need_weight, weight, hidden),
-        _empty_or(need_bias, bias, hidden),
+        empty_or(need_hidden, hidden, hidden),
+        empty_or(need_weight, weight, hidden),
+        empty_or(need_bias, bias, hidden),
     )
 
 
@@ -178,9 +183,9 @@ def _(hidden, weight, bias, rows, targets, offsets, host_offsets, segment_weight
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty(segment_weight.shape, dtype=dtype),
         hidden.new_empty(segment_weight.shape, dtype=dtype),
-        _empty_or(need_hidden, hidden, hidden),
-        _empty_or(need_weight, weight, hidden),
-        _empty_or(need_bias, bias, hidden),
+        empty_or(need_hidden, hidden, hidden),
+        empty_or(need_weight, weight, hidden),
+        empty_or(need_bias, bias, hidden),
     )
 
 

@@ -29,7 +29,7 @@ def masked_logprob(
     transform: LogitTransform,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of the targets and entropy, ``[N]`` each; differentiable; fp32 after the vendor GEMM."""
-    x = hidden if rows is None else hidden[rows]
+    x = hidden if rows is None else hidden.index_select(0, rows)
     raw = x @ weight.T
     acc = torch.float64 if raw.dtype == torch.float64 else torch.float32
     raw = raw.to(acc)
