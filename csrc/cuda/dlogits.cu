@@ -4,10 +4,11 @@
 // Work    one exp and ~15 instructions per logit (~45 with a softcap). fp32, fp64 for fp64 logits; rounded once.
 // Order   element-wise, so nothing is accumulated.
 //
-// A narrow row begins where its wide row began: output element k lies on the bytes of input element k/2. A CTA walks its row
-// left to right in equal tiles, loads a whole tile into registers, and passes a barrier before it stores. Tile t's stores
-// then fall on the inputs of tiles below t (equal tiles: t * tile >= (t + 1) * tile / 2 for t >= 1) or, for t = 0, on its
-// own; all of these are in registers by then, and the loads of tile t + 1 lie beyond. Rows never share bytes.
+// A narrow row begins where its wide row began: output element k lies on the bytes of input element k/2. A CTA walks
+// its row left to right in equal tiles, loads a whole tile into registers, and passes a barrier before it stores.
+// Tile t's stores then fall on the inputs of tiles below t (equal tiles: t * tile >= (t + 1) * tile / 2 for t >= 1)
+// or, for t = 0, on its own; all of these are in registers by then, and the loads of tile t + 1 lie beyond. Rows
+// never share bytes.
 #include "rows.cuh"
 
 namespace bgpo::cuda {
@@ -23,8 +24,13 @@ template <bool kEntropy, typename T>
 __device__ __forceinline__ RowGradient<T> row_gradient(const Chunk& c, const Upstream<T>& up, int64_t i) {
     const T* stats = static_cast<const T*>(c.stats) + i;
     const T sum = stats[c.stats_stride];
-    return {stats[0], T(1) / sum, up.grad_logprob[i], kEntropy ? up.grad_entropy[i] : T(0), ::log(sum),
-            kEntropy ? stats[3 * c.stats_stride] : T(0), up.chain};
+    return {stats[0],
+            T(1) / sum,
+            up.grad_logprob[i],
+            kEntropy ? up.grad_entropy[i] : T(0),
+            static_cast<T>(::log(sum)),
+            kEntropy ? stats[3 * c.stats_stride] : T(0),
+            up.chain};
 }
 
 // Groups of one tile: kGroups per thread, kThreads * kGroup elements apart.

@@ -1,5 +1,5 @@
-// The CUDA kernels' entry points: plain structs of device pointers, an int for the device and a stream handle. Nothing here
-// needs the CUDA headers, so module.cpp stays ordinary C++.
+// The CUDA kernels' entry points: plain structs of device pointers, an int for the device and a stream handle. Nothing
+// here needs the CUDA headers, so module.cpp stays ordinary C++.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace bgpo::cuda {
 
-// Where a kernel runs. The handle is a cudaStream_t of any CUDA runtime in the process (they share the driver's streams).
+// Where a kernel runs. The handle is a cudaStream_t of any CUDA runtime in the process: all share the driver's streams.
 struct Queue {
     int device;
     void* stream;

@@ -16,8 +16,8 @@ constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 inline void check(cudaError_t status, const char* kernel) {
     if (status == cudaSuccess) return;
     (void)cudaGetLastError();  // reported here, so the next launch must not report it again
-    throw std::runtime_error(std::string("bgpo_kernels CUDA kernel ") + kernel + ": " + cudaGetErrorName(status) + ": " +
-                             cudaGetErrorString(status));
+    throw std::runtime_error(std::string("bgpo_kernels CUDA kernel ") + kernel + ": " + cudaGetErrorName(status) +
+                             ": " + cudaGetErrorString(status));
 }
 
 // Makes `device` current for a scope. Touches nothing when it is already current, which is the rule under torch.
@@ -42,7 +42,8 @@ private:
 
 // One-dimensional launch: x alone takes 2^31 - 1 blocks (y and z only 65535). No blocks, no launch.
 template <typename... Params, typename... Args>
-void launch(const char* name, void (*kernel)(Params...), const Queue& queue, int64_t blocks, int threads, Args... args) {
+void launch(const char* name, void (*kernel)(Params...), const Queue& queue, int64_t blocks, int threads,
+            Args... args) {
     if (blocks == 0) return;
     if (blocks > 0x7FFFFFFF) throw std::runtime_error(std::string(name) + ": more than 2^31 - 1 blocks");
     const DeviceGuard guard(queue.device, name);

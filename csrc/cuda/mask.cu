@@ -1,12 +1,15 @@
 // Random masking: noisy ids, counts and weights per segment (sequence b, sample j), then the list of masked rows.
 //
-// select     One CTA per segment. The l smallest keys are found by radix selection (select.h): two or three passes over the L
-//            keys, recomputed with Philox each time instead of stored (~90 integer instructions against 8 bytes), counted in
-//            a shared histogram; integer counts are the same in any order. One more pass writes the T noisy ids.
-//            Bytes per segment: 8T written, 13T read (14T with a prompt mask), mostly from L2 as n segments share them.
-// emit_rows  One CTA per segment: counts per warp, then ascending writes. 9T (mostly L2) read, 16 bytes per row written.
+// select     One CTA per segment. The l smallest keys are found by radix selection (select.h): two or three passes
+//            over the L keys, recomputed with Philox each time instead of stored (~70 integer instructions against 8
+//            bytes), counted in a shared histogram; integer counts are the same in any order. One more pass writes
+//            the noisy ids. Bytes per segment: 8T written, 13T read (14T with a prompt mask), mostly from L2 as n
+//            segments share them.
+// emit_rows  One CTA per segment: counts per warp, then ascending writes. At most 9T bytes read, twice, the second time
+//            from cache; 16 bytes written and 8 read per row.
 //
-// Integers throughout; the fp32 weight is divided in fp64. All bits follow from draw.h and stream.h, none from the grid.
+// Integers throughout; the fp32 weight is divided in fp64. All bits follow from draw.h and stream.h, none from the
+// grid.
 #include "../bgpo/draw.h"
 #include "../bgpo/select.h"
 #include "launch.cuh"
@@ -82,7 +85,7 @@ __device__ bool is_selected(const SelectionThreshold& t, const Keys& keys, int64
     const uint64_t key = keys(position);
     if (key != t.key) return key < t.key;
     if (t.ties == kAllTies) return true;
-    // All 64 bits were needed (about 1e-9 at L = 32768): the one or two threads that hold this key count those before it.
+    // All 64 bits were needed (about 1e-8 at L = 32768): the one or two threads that hold this key count those before.
     uint32_t before = 0;
     for (int64_t p = 0; p < position; ++p) before += keys(p) == key;
     return before < t.ties;

@@ -1,5 +1,5 @@
-// bgpo_kernels._cuda: raw device addresses, sizes and a stream handle in, nothing of torch. Importing it touches no driver;
-// a launch that cannot run raises RuntimeError naming the kernel. Callers (cuda.py) check dtypes, shapes and strides.
+// bgpo_kernels._cuda: raw device addresses, sizes and a stream handle in, nothing of torch. Importing it touches no
+// driver; a launch that cannot run raises RuntimeError naming the kernel. Callers check dtypes, shapes and strides.
 #include <pybind11/pybind11.h>
 
 #include "engine.h"
@@ -37,8 +37,8 @@ DrawArgs make_draw(uintptr_t ids, uintptr_t response, uintptr_t response_counts,
             pointer<const float>(table_weights), pointer<const int64_t>(table_start)};
 }
 
-EmitArgs make_emit(uintptr_t noisy, uintptr_t ids, uintptr_t response, uintptr_t offsets, int64_t batch, int64_t samples,
-                   int64_t tokens, int64_t mask_token_id) {
+EmitArgs make_emit(uintptr_t noisy, uintptr_t ids, uintptr_t response, uintptr_t offsets, int64_t batch,
+                   int64_t samples, int64_t tokens, int64_t mask_token_id) {
     return {pointer<const int64_t>(noisy), pointer<const int64_t>(ids), pointer<const uint8_t>(response),
             pointer<const int64_t>(offsets), batch, samples, tokens, mask_token_id};
 }
@@ -46,8 +46,8 @@ EmitArgs make_emit(uintptr_t noisy, uintptr_t ids, uintptr_t response, uintptr_t
 template <typename T>
 void call_segment_sum(const Queue& queue, uintptr_t values, uintptr_t offsets, uintptr_t weight, int64_t segments,
                       uintptr_t out) {
-    segment_sum(queue, pointer<const T>(values), pointer<const int64_t>(offsets), pointer<const float>(weight), segments,
-                pointer<T>(out));
+    segment_sum(queue, pointer<const T>(values), pointer<const int64_t>(offsets), pointer<const float>(weight),
+                segments, pointer<T>(out));
 }
 
 template <typename T>
@@ -73,7 +73,8 @@ void define_types(py::module_& m) {
 void define_kernels(py::module_& m) {
     using release = py::call_guard<py::gil_scoped_release>;
     m.def("row_statistics", &row_statistics, release());
-    m.def("dlogits", [](const Queue& queue, const Chunk& chunk, uintptr_t grad_logprob, uintptr_t grad_entropy, int out) {
+    m.def("dlogits", [](const Queue& queue, const Chunk& chunk, uintptr_t grad_logprob, uintptr_t grad_entropy,
+                        int out) {
         dlogits(queue, chunk, pointer<const void>(grad_logprob), pointer<const void>(grad_entropy),
                 static_cast<LogitType>(out));
     }, release());

@@ -2,11 +2,11 @@
 //
 // Moves   C*V*sizeof(logit) bytes read once, 16 (12 without entropy) written per row: bound by memory bandwidth.
 // Work    one exp and ~16 instructions per logit (~40 with a softcap).
-// Sums    fp32, fp64 for fp64 logits: 16 terms at a time by one thread, then that thread's partial sums, then threads in a
-//         fixed tree. The running maximum starts at -inf and each sum is rescaled when it rises.
+// Sums    fp32, fp64 for fp64 logits: 16 terms at a time by one thread, then that thread's partial sums, then threads
+//         in a fixed tree. The running maximum starts at -inf and each sum is rescaled when it rises.
 //
-// A thread holds kTile elements in registers (64 bytes of fp32 in flight): their maximum first, so the running maximum, with
-// its extra exp, is touched once per kTile elements.
+// A thread holds kTile elements in registers (64 bytes of fp32 in flight): their maximum first, so the running maximum,
+// with its extra exp, is touched once per kTile elements.
 #include "rows.cuh"
 
 namespace bgpo::cuda {
@@ -59,7 +59,8 @@ __device__ State<T> merge_block(State<T> state) {
 }
 
 template <typename Logit, bool kBias, bool kCap, bool kEntropy>
-__global__ void __launch_bounds__(kThreads, kResident<Logit>) row_statistics_kernel(Chunk c, Transform<Accumulate<Logit>> f) {
+__global__ void __launch_bounds__(kThreads, kResident<Logit>)
+    row_statistics_kernel(Chunk c, Transform<Accumulate<Logit>> f) {
     using T = Accumulate<Logit>;
     constexpr int kGroup = kVectorBytes / sizeof(Logit), kTile = sizeof(Logit) == 8 ? 8 : 16, kGroups = kTile / kGroup;
     const int64_t i = blockIdx.x;

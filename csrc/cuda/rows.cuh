@@ -1,9 +1,9 @@
 // Common to the two row kernels: element types, 16-byte groups, and the way from run-time options to templates.
 //
-// One CTA per row, kThreads threads. A row is cut into *groups* of consecutive elements, counted from its first element,
-// and group g belongs to thread g mod kThreads: which thread adds what, and in which order, follows from V and the dtype
-// alone. Alignment only decides how a group is loaded (16-byte words, or element by element where the row's address is not
-// a multiple of 16), so a row's bits do not depend on its place in the chunk.
+// One CTA per row, kThreads threads. A row is cut into *groups* of consecutive elements, counted from its first
+// element, and group g belongs to thread g mod kThreads: which thread adds what, and in which order, follows from V
+// and the dtype alone. Alignment only decides how a group is loaded (16-byte words, or element by element where the
+// row's address is not a multiple of 16), so a row's bits do not depend on its place in the chunk.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -33,7 +33,9 @@ __device__ __forceinline__ float widen(Half x) { return __half2float(__ushort_as
 
 __device__ __forceinline__ void narrow(float& out, float x) { out = x; }
 __device__ __forceinline__ void narrow(double& out, double x) { out = x; }
-__device__ __forceinline__ void narrow(BFloat16& out, float x) { out.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+__device__ __forceinline__ void narrow(BFloat16& out, float x) {
+    out.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
 __device__ __forceinline__ void narrow(Half& out, float x) { out.bits = __half_as_ushort(__float2half_rn(x)); }
 
 // What a logit is computed in.

@@ -1,8 +1,9 @@
 // Segment sums and the bound: a few numbers per sample.
 //
-// segment_sum  out_s = weight_s * sum values[offsets_s : offsets_s+1]. N adds, 4N bytes read (8N for fp64). One warp per
-//              segment; lane i adds values i, i + 32, ... in fp64, the lanes are added in a fixed tree, rounded once.
-// bound        csrc/bgpo/bound.h per (sequence, sample). ~10 flops, at most 16 bytes (fp32) each; in the logprob's dtype.
+// segment_sum  out_s = weight_s * sum values[offsets_s : offsets_s+1]. N adds, 4N bytes read (8N for fp64). One warp
+//              per segment; lane i adds values i, i + 32, ... in fp64, the lanes are added in a fixed tree, rounded
+//              once.
+// bound        bound.h per (sequence, sample). ~10 flops and at most 16 bytes each in fp32; in the logprob's own dtype.
 #include "launch.cuh"
 
 namespace bgpo::cuda {
@@ -18,7 +19,8 @@ __global__ void __launch_bounds__(kThreads)
     const int lane = threadIdx.x % kWarp;
     if (s >= segments) return;  // whole warps leave together
     double sum = 0;
-    for (int64_t i = offsets[s] + lane, end = offsets[s + 1]; i < end; i += kWarp) sum += static_cast<double>(values[i]);
+    const int64_t end = offsets[s + 1];
+    for (int64_t i = offsets[s] + lane; i < end; i += kWarp) sum += static_cast<double>(values[i]);
     for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_down_sync(kAllLanes, sum, step);
     if (lane == 0) out[s] = static_cast<T>(static_cast<double>(weight[s]) * sum);
 }
@@ -42,8 +44,8 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 void segment_sum(const Queue& queue, const T* values, const int64_t* offsets, const float* weight, int64_t segments,
                  T* out) {
-    launch("segment_sum", segment_sum_kernel<T>, queue, blocks_for(segments, kSegmentsPerBlock), kThreads, values, offsets,
-           weight, segments, out);
+    launch("segment_sum", segment_sum_kernel<T>, queue, blocks_for(segments, kSegmentsPerBlock), kThreads, values,
+           offsets, weight, segments, out);
 }
 
 template <typename T>
@@ -57,7 +59,7 @@ template void segment_sum(const Queue&, const float*, const int64_t*, const floa
 template void segment_sum(const Queue&, const double*, const int64_t*, const float*, int64_t, double*);
 template void bound(const Queue&, const float*, const float*, const float*, const float*, int64_t, int64_t, const Clip&,
                     float*, float*);
-template void bound(const Queue&, const double*, const float*, const double*, const float*, int64_t, int64_t, const Clip&,
-                    double*, double*);
+template void bound(const Queue&, const double*, const float*, const double*, const float*, int64_t, int64_t,
+                    const Clip&, double*, double*);
 
 }  // namespace bgpo::cuda
