@@ -23,6 +23,7 @@ multiply-adds is off, so that the target's logit has the same bits alone as it h
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -118,12 +119,13 @@ def _statistics_kernel(
     TEMPERATURE: tl.constexpr,
     ENTROPY: tl.constexpr,
     LOWEST: tl.constexpr,  # lowest finite number of the statistics' dtype
+    ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     ACC: tl.constexpr = stats.dtype.element_ty
     FULL: tl.constexpr = V // BLOCK * BLOCK
     row = tl.program_id(0).to(tl.int64)
-    logits += row * stride
+    logits += tl.multiple_of(row * stride, ALIGN)
     lane = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], LOWEST, ACC)
     total = tl.zeros([BLOCK], ACC)
@@ -193,13 +195,14 @@ def _gradient_kernel(
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     ENTROPY: tl.constexpr = grad_entropy is not None
     FULL: tl.constexpr = V // BLOCK * BLOCK
     row = tl.program_id(0).to(tl.int64)
-    logits += row * stride
-    out += row * out_stride
+    logits += tl.multiple_of(row * stride, ALIGN)
+    out += tl.multiple_of(row * out_stride, ALIGN)
     lane = tl.arange(0, BLOCK)
     g = tl.load(grad_logprob + row)
     h = g
@@ -240,6 +243,8 @@ def _launch_options(logits: Tensor, transform: LogitTransform) -> dict[str, obje
         SCALE=float(transform.scale),
         SOFTCAP=float(transform.softcap_or_zero),
         TEMPERATURE=float(transform.temperature),
+        # Triton infers alignment only from strides that are multiples of 16 elements; 16 bytes take 2 to 8.
+        ALIGN=math.gcd(logits.stride(0), 16),
         BLOCK=tile.block,
         num_warps=tile.warps,
         enable_fp_fusion=False,

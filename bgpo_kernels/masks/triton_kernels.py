@@ -320,13 +320,14 @@ def select(
         _boundary_kernel[(batch * spec.samples,)](
             sample_ids, rank[:, -1].long(), *table, boundary_key, boundary_position, count, weight,
             *seed, spec.lo, spec.samples, spec.n_mc,
-            SCHEME=spec.scheme, SCHEDULE=spec.schedule, BLOCK=block, num_warps=warps,
+            SCHEME=spec.scheme, SCHEDULE=spec.schedule, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
         _noise_kernel[(batch * spec.samples * triton.cdiv(tokens, block),)](
             input_ids.contiguous(), positions, prompt_mask.contiguous() if prompt_noise else None, sample_ids,
             boundary_key, boundary_position, noisy, tokens, spec.mask_token_id, spec.prompt_threshold,
             *seed, spec.lo, spec.samples,
-            COUPLED=spec.scheme == "coupled", PROMPT_NOISE=prompt_noise, BLOCK=block, num_warps=warps,
+            COUPLED=spec.scheme == "coupled", PROMPT_NOISE=prompt_noise,
+            BLOCK=block, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return noisy, count, weight
 
@@ -349,6 +350,6 @@ def emit_rows(
             _emit_kernel[(batch * samples,)](
                 noisy_ids.contiguous(), input_ids.contiguous(), response_mask.contiguous(),
                 segment_offsets.contiguous(), rows, targets, tokens, samples, mask_token_id,
-                BLOCK=block, num_warps=warps,
+                BLOCK=block, num_warps=warps, enable_fp_fusion=False,
             )  # fmt: skip
     return rows, targets
