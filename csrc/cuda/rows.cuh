@@ -42,10 +42,10 @@ __device__ __forceinline__ void narrow(Half& out, float x) { out.bits = __half_a
 template <typename Logit>
 using Accumulate = std::conditional_t<std::is_same_v<Logit, double>, double, float>;
 
-// CTAs on a multiprocessor that the compiler must leave registers for: 40 each in fp32, 64 in fp64, without spills. Six
-// CTAs keep 96 KiB of loads in flight, several times latency * bandwidth, and hide one another's barriers.
+// CTAs on a multiprocessor that the compiler must leave registers for: 48 each in fp32, 64 in fp64, without spills. Five
+// CTAs keep 80 KiB of loads in flight, several times latency * bandwidth, and hide one another's barriers.
 template <typename Logit>
-constexpr int kResident = std::is_same_v<Logit, double> ? 4 : 6;
+constexpr int kResident = std::is_same_v<Logit, double> ? 4 : 5;
 
 template <typename E, int N>
 struct alignas(kVectorBytes) Group {
