@@ -1,4 +1,4 @@
-"""Random masking on the compiled CPU engine: see csrc/cpu/masks.inl for the cost and csrc/bgpo/stream.h for the bits."""
+"""Random masking on the compiled CPU engine: csrc/cpu/masks.inl has the cost, csrc/bgpo/stream.h the bits."""
 
 from __future__ import annotations
 

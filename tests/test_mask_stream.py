@@ -1,0 +1,297 @@
+"""Mask stream, version 1: known answers, and the same bits from every engine, instruction set and thread count."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from mask_model import LAWS, MASK_ID, PROMPT, assert_same_draw, bits_of, draw, make_batch, philox, sample, words
+from torch import Tensor
+
+import bgpo_kernels as bk
+from bgpo_kernels import _cpu
+from bgpo_kernels.backends import why_not
+from bgpo_kernels.masks import reference
+
+# (counter, key) -> words: Random123's known-answer tests; the last one's word 3 is the 10,000th output of C++26's
+# std::philox4x32, whose counter is then (2499, 0, 0, 0).
+KNOWN = [
+    ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, 2**64 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        0x299F31D0A4093822,
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+    ((2499, 0, 0, 0), 20111115, (None, None, None, 1955073260)),
+]
+
+# Masked positions (bit p: position p) of samples 0..3 of 4 for each of three sample ids, responses of 12 tokens. These
+# numbers are the version: code that changes one of them draws another stream, and stored seeds no longer replay.
+GOLDEN_SEED, GOLDEN_IDS = 0x0123456789ABCDEF, [3, -2, 2**40 + 5]
+GOLDEN = {
+    "exact-uniform": ["725 ddb 9ce 098", "d3a 008 df5 bae", "232 eff 754 07d"],
+    "exact-stratified": ["401 953 9cf aff", "402 41a df5 fbf", "002 6a9 77c 7ff"],
+    "exact-harmonic": ["001 042 1c2 ab9", "002 008 591 fae", "002 208 704 67d"],
+    "exact-custom": ["001 143 1c6 ab9", "002 00a d91 fae", "002 289 744 67d"],
+    "bernoulli-uniform": ["401 ddb 1c2 088", "c32 000 df5 faf", "202 eff 704 47d"],
+    "bernoulli-stratified": ["000 9d3 1c6 eff", "002 008 db5 fff", "002 289 754 fff"],
+    "coupled-uniform": ["625 9da 1ce e31", "d3a 2c5 df5 20a", "222 ddd 754 8ab"],
+    "coupled-stratified": ["401 bfe dcf 230", "c02 3fd dff 200", "002 ffd 77e 881"],
+}
+GOLDEN_PROMPT = ["3b0 946 4c0 0fc", "42f c92 44b 9e0", "ca8 bab d76 38b"]  # probability 3/8, indices 0..11 in T
+
+SEEDS = [0, 1, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
+IDS = [0, -1, 2**32 - 1, 2**32, 2**33 + 1, -(2**40) - 3, 2**55, 2**63 - 1, -(2**63)]
+LENGTHS = (1, 2, 3, 7, 8, 255, 256, 257, 1023, 1024)
+KERNELS = ["kernels_baseline", "kernels_avx2", "kernels_avx512"]
+
+
+def from_hex(rows: list[str]) -> list[list[int]]:
+    return [[int(bits, 16) for bits in row.split()] for row in rows]
+
+
+@pytest.fixture(params=["reference", "cpu", "triton", "cuda"])
+def engine(request: pytest.FixtureRequest) -> tuple[str, torch.device]:
+    """Every engine that this machine can run, on the device it is for."""
+    on_gpu = request.param in ("triton", "cuda") and torch.cuda.is_available()
+    device = torch.device("cuda:0" if on_gpu else "cpu")
+    if (reason := why_not(request.param, device)) is not None:
+        pytest.skip(reason)
+    return request.param, device
+
+
+@pytest.fixture(params=KERNELS)
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set of the CPU engine that this machine has."""
+    best = _cpu.isa()
+    try:
+        _cpu.use_kernels(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert _cpu.isa() == request.param
+    yield request.param
+    _cpu.use_kernels(best)
+
+
+@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN)
+def test_philox_known_answers(counter: tuple[int, int, int, int], key: int, answer: tuple[int | None, ...]) -> None:
+    torch_words = tuple(int(w) for w in reference.philox(tuple(torch.tensor(c) for c in counter), key))
+    for got in (philox(counter, key), torch_words, _cpu.philox(*counter, key)):
+        assert all(want is None or g == want for g, want in zip(got, answer, strict=True)), got
+
+
+@pytest.mark.parametrize("law", GOLDEN)
+def test_known_masks(law: str, engine: tuple[str, torch.device]) -> None:
+    want = from_hex(GOLDEN[law])
+    model = [[sample(law, 12, j, 4, i, GOLDEN_SEED) for j in range(4)] for i in GOLDEN_IDS]
+    assert [[s.bits for s in row] for row in model] == want, "the model of the tests has changed"
+
+    backend, device = engine
+    ids, response = (t.to(device) for t in make_batch([12] * 3, 15))
+    sample_ids = torch.tensor(GOLDEN_IDS, device=device)
+    drawn = draw(law, ids, response, n_mc=4, seed=GOLDEN_SEED, sample_ids=sample_ids, backend=backend)
+    assert bits_of(drawn, response) == want
+    assert drawn.segment_weight.tolist() == [[s.weight for s in row] for row in model]
+
+
+def test_known_prompt_masks(engine: tuple[str, torch.device]) -> None:
+    want = from_hex(GOLDEN_PROMPT)
+    threshold = 2**32 * 3 // 8
+    for row, sample_id in zip(want, GOLDEN_IDS, strict=True):
+        for j, bits in enumerate(row):
+            assert bits == sum(1 << t for t in range(12) if words(t, j, sample_id, PROMPT, GOLDEN_SEED)[0] < threshold)
+
+    backend, device = engine
+    ids = torch.arange(39, device=device).view(3, 13)
+    response = ids % 13 == 12
+    drawn = draw(
+        "exact-stratified", ids, response, n_mc=4, seed=GOLDEN_SEED, prompt_mask=~response, prompt_mask_prob=0.375,
+        sample_ids=torch.tensor(GOLDEN_IDS, device=device), backend=backend,
+    )  # fmt: skip
+    assert bits_of(drawn, ~response) == want
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_all_seeds_and_sample_ids_follow_the_specification(seed: int) -> None:
+    ids, response = make_batch([5] * len(IDS), 8)
+    for law in ("exact-uniform", "bernoulli-stratified"):
+        want = [[sample(law, 5, j, 2, i, seed).bits for j in range(2)] for i in IDS]
+        for backend in ("reference", "cpu"):
+            drawn = draw(law, ids, response, n_mc=2, seed=seed, sample_ids=torch.tensor(IDS), backend=backend)
+            assert bits_of(drawn, response) == want, backend
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("length", [1, 2, 3, 7])
+def test_short_responses_follow_the_specification(law: str, length: int) -> None:
+    ids, response = make_batch([length] * 6, 9, seed=length)
+    model = [[sample(law, length, j, 6, b, 7) for j in range(6)] for b in range(6)]
+    for backend in ("reference", "cpu"):
+        drawn = draw(law, ids, response, n_mc=6, backend=backend)
+        assert bits_of(drawn, response) == [[s.bits for s in row] for row in model]
+        assert drawn.segment_weight.tolist() == [[s.weight for s in row] for row in model]
+
+
+def one_run(response: Tensor) -> Tensor:
+    """The same lengths without holes, starting wherever there is room."""
+    lengths, tokens = response.sum(-1, keepdim=True), response.shape[1]
+    first = (tokens - lengths) // 2
+    place = torch.arange(tokens)
+    return (place >= first) & (place < first + lengths)
+
+
+@functools.cache
+def reference_case(law: str, lengths: tuple[int, ...], holes: bool = True) -> tuple[Callable, bk.MaskDraw]:
+    """``(redraw(backend), the reference's draw)``, with prompt masks, unusual ids and a seed of 64 bits."""
+    tokens = max(lengths) + 80
+    ids, response = make_batch(list(lengths), tokens)
+    response = response if holes else one_run(response)
+    prompt = ~response & (torch.arange(tokens) % 3 != 0)
+    sample_ids = torch.tensor((IDS * len(lengths))[: len(lengths)])
+    redraw = functools.partial(
+        draw, law, ids, response, n_mc=6 if tokens < 2000 else 2, seed=2**64 - 3, sample_ids=sample_ids,
+        prompt_mask=prompt, prompt_mask_prob=0.3,
+    )  # fmt: skip
+    return redraw, redraw(backend="reference")
+
+
+@pytest.mark.parametrize("holes", [True, False], ids=["holes", "run"])
+@pytest.mark.parametrize("law", LAWS)
+def test_every_instruction_set_gives_the_reference_bits(law: str, holes: bool, kernels: str) -> None:
+    redraw, want = reference_case(law, LENGTHS, holes)
+    assert_same_draw(redraw(backend="cpu"), want, f"({kernels})")
+
+
+@pytest.mark.parametrize("law", ["exact-stratified", "exact-harmonic", "coupled-uniform", "bernoulli-uniform"])
+def test_long_responses_give_the_reference_bits(law: str, kernels: str) -> None:
+    redraw, want = reference_case(law, (4096, 32768))
+    assert_same_draw(redraw(backend="cpu"), want, f"({kernels})")
+    if "bernoulli" not in law:
+        masked = (want.noisy_ids == MASK_ID) & redraw.args[2][:, None]
+        assert torch.equal(masked.sum(-1), want.count)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_threads_do_not_matter(law: str) -> None:
+    redraw, want = reference_case(law, LENGTHS)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert_same_draw(redraw(backend="cpu"), want, f"({count} threads)")
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("law", LAWS)
+def test_strided_inputs(law: str, backend: str) -> None:
+    ids, response = make_batch([5, 9, 14], 20)
+    prompt, sample_ids = ~response, torch.tensor([4, -9, 2**40])
+
+    def spread(tensor: Tensor) -> Tensor:
+        """The same values, no two of them neighbours in memory, in column-major order."""
+        wide = torch.zeros([2 * size for size in reversed(tensor.shape)], dtype=tensor.dtype)
+        view = wide[tuple(slice(None, None, 2) for _ in tensor.shape)].permute(*reversed(range(tensor.dim())))
+        view.copy_(tensor)
+        assert not view.is_contiguous()
+        return view
+
+    options = {"n_mc": 4, "prompt_mask_prob": 0.5, "backend": backend}
+    want = draw(law, ids, response, prompt_mask=prompt, sample_ids=sample_ids, **options)
+    got = draw(law, spread(ids), spread(response), prompt_mask=spread(prompt), sample_ids=spread(sample_ids), **options)
+    assert_same_draw(got, want)
+
+
+# ----------------------------------------------------------------------------------------------------- equal keys
+
+TIES = [0, 1, 2**8, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 2, 2**64 - 1]  # every byte, and both signs
+
+CHOOSE = """
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include "cpu/engine.h"
+#include "cpu/masks.inl"
+
+// The engine's own selection with keys from outside: noisy[p] becomes 1 for the `count` smallest, or for the others.
+extern "C" void choose(const uint64_t* keys, int64_t length, int64_t count, bool complement, const int64_t* index,
+                       const int64_t* zeros, int64_t* noisy) {
+    using namespace bgpo::cpu;
+    Scratch scratch(length);
+    std::copy(keys, keys + length, scratch.keys);
+    const Response where{length, 0, index};
+    write_row(threshold_of(scratch, length, count), scratch.keys, complement, 1, where, zeros, length, noisy);
+}
+"""
+
+
+@pytest.fixture(scope="module", params=["", "-march=native"], ids=["baseline", "native"])
+def choose(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[bool]]:
+    """The CPU engine's selection, compiled on its own: equal 64-bit keys cannot be drawn on purpose."""
+    compiler, sources = shutil.which("c++"), Path(__file__).parents[1] / "csrc"
+    if compiler is None or not sources.is_dir():
+        pytest.skip("needs a C++ compiler and the sources")
+    folder = tmp_path_factory.mktemp("choose")
+    (folder / "choose.cpp").write_text(CHOOSE)
+    flags = f"-O1 -std=c++17 -shared -fPIC -w {request.param} -I{sources}".split()
+    subprocess.run([compiler, *flags, "choose.cpp", "-o", "choose.so"], cwd=folder, check=True)
+    library = ctypes.CDLL(str(folder / "choose.so"))
+
+    def call(keys: list[int], count: int, complement: bool = False, run: bool = True) -> list[bool]:
+        size, row = ctypes.c_int64(len(keys)), ctypes.c_int64 * len(keys)
+        index, noisy = None if run else row(*range(len(keys))), row(*[-1] * len(keys))
+        array = (ctypes.c_uint64 * len(keys))(*keys)
+        library.choose(array, size, ctypes.c_int64(count), ctypes.c_bool(complement), index, row(), noisy)
+        assert set(noisy) <= {0, 1}
+        return [value == 1 for value in noisy]
+
+    return call
+
+
+def tied_keys(case: int) -> list[int]:
+    """5 to 60 keys of at most four values."""
+    generator = torch.Generator().manual_seed(case)
+    values = [TIES[i] for i in torch.randperm(len(TIES), generator=generator)[:4].tolist()]
+    size = 5 + int(torch.randint(0, 56, (1,), generator=generator))
+    return [values[i] for i in torch.randint(0, 4, (size,), generator=generator).tolist()]
+
+
+def smallest(keys: list[int], count: int) -> list[bool]:
+    chosen = set(sorted(range(len(keys)), key=lambda p: (keys[p], p))[:count])
+    return [p in chosen for p in range(len(keys))]
+
+
+def test_selection_of_equal_keys(choose: Callable[..., list[bool]]) -> None:
+    for case in range(20):
+        keys = tied_keys(case)
+        for count in range(1, len(keys)):
+            want = smallest(keys, count)
+            assert choose(keys, count) == choose(keys, count, run=False) == want, (keys, count)
+            assert choose(keys, count, complement=True) == [not masked for masked in want], (keys, count)
+
+
+def test_selection_of_keys_that_are_not_uniform(choose: Callable[..., list[bool]]) -> None:
+    """Philox keys are uniform and engines may count on it for speed, but not for the result."""
+    crowded = [2**63 + p * 7919 % 1000 for p in range(1000)]
+    geometric = [2 ** (p * 5 % 64) + p % 3 for p in range(300)]
+    two_heaps = [(2**64 - 1 - p if p % 2 else p) for p in range(200)]
+    for keys in (crowded, geometric, two_heaps, [5] * 100, [0] * 99 + [2**64 - 1], [2**64 - 1] * 99 + [0]):
+        for count in (1, 2, len(keys) // 3, len(keys) // 2, len(keys) - 2, len(keys) - 1):
+            assert choose(keys, count) == smallest(keys, count), (keys[:4], count)
+
+
+def test_selection_of_equal_keys_in_the_reference() -> None:
+    for case in range(40):
+        keys = tied_keys(case)
+        high, low = torch.tensor([k >> 32 for k in keys]), torch.tensor([k & 0xFFFFFFFF for k in keys])
+        counts = torch.arange(1, len(keys) + 1)
+        got = reference._select_smallest(high.expand(len(keys), -1), low.expand(len(keys), -1), counts)
+        assert got.tolist() == [smallest(keys, count) for count in counts.tolist()]
