@@ -96,6 +96,13 @@ def test_longest_response(cuda: SimpleNamespace) -> None:
     assert_same_draw(cuda, ids, response, None, torch.tensor([1]), DrawSpec("exact", "stratified", 4, 1, 2, 3, MASK_ID))
 
 
+def test_strided_inputs(cuda: SimpleNamespace) -> None:
+    ids, response = make_batch([30, 50], 60)
+    ids, response = ids.T.contiguous().T, response.T.contiguous().T
+    spec = DrawSpec("exact", "uniform", 2, 0, 2, 3, MASK_ID, 2**31)
+    assert_same_draw(cuda, ids, response, ~response, torch.tensor([[4, 0], [9, 0]])[:, 0], spec)
+
+
 def test_prompts_at_probability_one_and_zero(cuda: SimpleNamespace) -> None:
     ids, response = make_batch([5, 6], 40)
     for threshold in (0, 2**32):

@@ -27,7 +27,7 @@ def select(
     keep = [
         dense(input_ids, torch.int64),
         dense(response_mask, torch.bool),
-        response_mask.cumsum(-1, dtype=torch.int32),
+        response_mask.cumsum(-1, dtype=torch.int32).contiguous(),
         dense(prompt_mask, torch.bool),
         dense(sample_ids, torch.int64),
     ]
