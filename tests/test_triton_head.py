@@ -298,19 +298,19 @@ def test_reads_and_writes_stay_inside(out_dtype: torch.dtype) -> None:
     assert storage.isnan().all() and stats.isnan().all()
 
 
-def test_rows_more_than_2_to_31_elements_apart() -> None:
-    """Two rows of a chunk over 4 GiB; on the CPU the pages between them are never touched."""
-    stride = 2**31 + 64
-    elements = stride + 256
+def test_rows_beyond_2_to_31_elements() -> None:
+    """The stride fits 32 bits, the third row's offset does not. On the CPU the pages between rows are never touched."""
+    stride = 2**30 + 64
+    elements = 2 * stride + 256
     if DEVICE == "cuda":
         storage = torch.zeros(elements, dtype=torch.bfloat16, device=DEVICE)
     else:
         storage = torch.frombuffer(mmap.mmap(-1, 2 * elements), dtype=torch.bfloat16)
-    far = storage.as_strided((2, 256), (stride, 1))
-    near = make_chunk(256, torch.bfloat16, rows=2)
+    far = storage.as_strided((3, 256), (stride, 1))
+    near = make_chunk(256, torch.bfloat16, rows=3)
     far.copy_(near.logits)
     want_stats, want_grad = run(triton_kernels, near, PLAIN, torch.bfloat16)
-    stats = torch.empty(4, 2, device=DEVICE)
+    stats = torch.empty(4, 3, device=DEVICE)
     triton_kernels.row_statistics(far, near.targets, None, PLAIN, stats, False)
     grad = triton_kernels.dlogits_(far, near.targets, None, PLAIN, stats, near.grad_logprob, None, torch.bfloat16)
     assert torch.equal(stats[:3], want_stats[:3]) and torch.equal(grad, want_grad)
@@ -341,3 +341,20 @@ def test_narrow_rounds_to_nearest_even(dtype: torch.dtype) -> None:
     assert torch.equal(out.isnan(), want.isnan())
     kept = ~want.isnan()
     assert torch.equal(out[kept], want[kept]) and torch.equal(out[kept].signbit(), want[kept].signbit())
+
+
+@triton.jit
+def _tanh_kernel(u, out, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    tl.store(out + lane, triton_kernels._tanh(tl.load(u + lane)))
+
+
+def test_tanh_is_good_to_2_ulp_at_every_magnitude() -> None:
+    u = torch.cat([torch.logspace(-30, 1.5, 4000), torch.tensor([0.625, 0.0, 100.0, math.inf])])
+    u = torch.cat([u, -u, torch.zeros(8192 - 2 * len(u))]).to(DEVICE)
+    out = torch.empty_like(u)
+    _tanh_kernel[(1,)](u, out, BLOCK=8192)
+    exact = u.double().tanh()
+    ulp = torch.nextafter(exact.float().abs(), torch.full_like(u, 2.0)).double() - exact.float().abs().double()
+    assert float(((out.double() - exact).abs() / ulp).max()) <= 2
+    assert (out.abs() <= 1).all()
