@@ -117,8 +117,9 @@ def alias_as(logits: Tensor, dtype: torch.dtype) -> Tensor:
     """The chunk's storage seen as ``[C, V]`` of a narrower ``dtype``; each row begins where the wide row began."""
     if dtype == logits.dtype:
         return logits
-    ratio = logits.element_size() // dtype.itemsize
-    assert ratio >= 1 and logits.stride(1) == 1
-    flat = logits.as_strided((logits.shape[0], logits.stride(0)), (logits.stride(0), 1)) if logits.shape[0] else logits
-    wide = flat.view(dtype)
-    return wide.as_strided(logits.shape, (logits.stride(0) * ratio, 1))
+    assert logits.element_size() >= dtype.itemsize and logits.stride(1) == 1
+    rows, columns = logits.shape
+    if rows == 0:
+        return logits.to(dtype)
+    flat = logits.as_strided(((rows - 1) * logits.stride(0) + columns,), (1,)).view(dtype)
+    return flat.as_strided((rows, columns), (logits.stride(0) * (logits.element_size() // dtype.itemsize), 1))
