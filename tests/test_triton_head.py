@@ -316,6 +316,15 @@ def test_rows_beyond_2_to_31_elements() -> None:
     assert torch.equal(stats[:3], want_stats[:3]) and torch.equal(grad, want_grad)
 
 
+def test_strided_inputs() -> None:
+    chunk = make_chunk(500, bias=True, entropy=True)
+    stats, grad = run(triton_kernels, chunk, PLAIN, torch.float32)
+    for name in ("targets", "bias", "grad_logprob", "grad_entropy"):
+        setattr(chunk, name, getattr(chunk, name).repeat_interleave(2)[::2])
+    strided_stats, strided_grad = run(triton_kernels, chunk, PLAIN, torch.float32)
+    assert torch.equal(strided_stats, stats) and torch.equal(strided_grad, grad)
+
+
 def test_no_rows() -> None:
     none = Chunk(
         *(torch.zeros(shape, device=DEVICE) for shape in ((0, 9), 0)), None, torch.zeros(0, device=DEVICE), None

@@ -251,6 +251,10 @@ def _launch_options(logits: Tensor, transform: LogitTransform) -> dict[str, obje
     )
 
 
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def row_statistics(
     logits: Tensor,  # [C, V], unit column stride
     targets: Tensor,  # [C] int64
@@ -265,7 +269,7 @@ def row_statistics(
         return
     with torch.cuda.device_of(logits):
         _statistics_kernel[(logits.shape[0],)](
-            logits, logits.stride(0), targets.contiguous(), bias, stats, stats.stride(0),
+            logits, logits.stride(0), targets.contiguous(), _dense(bias), stats, stats.stride(0),
             ENTROPY=entropy, LOWEST=torch.finfo(stats.dtype).min, **_launch_options(logits, transform),
         )  # fmt: skip
 
@@ -287,8 +291,8 @@ def dlogits_(
         return out
     with torch.cuda.device_of(logits):
         _gradient_kernel[(logits.shape[0],)](
-            logits, logits.stride(0), targets.contiguous(), bias, stats, stats.stride(0),
-            grad_logprob.contiguous(), None if grad_entropy is None else grad_entropy.contiguous(),
+            logits, logits.stride(0), targets.contiguous(), _dense(bias), stats, stats.stride(0),
+            grad_logprob.contiguous(), _dense(grad_entropy),
             out, out.stride(0), **_launch_options(logits, transform),
         )  # fmt: skip
     return out
