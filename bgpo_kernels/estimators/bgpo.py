@@ -14,7 +14,7 @@ from ..bound.segments import SegmentBound
 from ..masks.draw import MaskDraw
 from ..masks.schedule import CountSchedule
 from ..models import HeadSpec
-from .head_pass import backward_samples
+from .head_pass import backward_samples, start_backward
 from .micro_batch import GradientGuard, MicroBatches, assert_finite_logprob
 from .problem import Problem, prepare
 from .sink import HeadSink
@@ -108,9 +108,7 @@ def bgpo_backward(
     return _accumulate(problem, bound, active, micro_batch_tokens)
 
 
-def _accumulate(
-    problem: Problem, bound: SegmentBound, active: list[int], micro_batch_tokens: int | None
-) -> BgpoStep:
+def _accumulate(problem: Problem, bound: SegmentBound, active: list[int], micro_batch_tokens: int | None) -> BgpoStep:
     sink = HeadSink(problem.model, problem.head.module)
     guard = GradientGuard(problem.model, sink)
     logprob = torch.full(bound.shape, torch.nan, dtype=problem.score_dtype, device=problem.device)
@@ -123,8 +121,7 @@ def _accumulate(
 
         sums, roots = backward_samples(problem, problem.draw(b, lo, hi), coefficients, bound.known, sink)
         logprob[b, lo:hi] = sums
-        if roots:
-            torch.autograd.backward(*map(list, zip(*roots, strict=True)))
+        start_backward(roots)
 
     with guard.accumulating():
         MicroBatches(problem, micro_batch_tokens).run(active, body, guard.clear)

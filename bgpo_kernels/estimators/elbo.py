@@ -8,7 +8,8 @@ during backward, one set of gradients besides .grad; ``bgpo_backward`` and ``rep
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,7 +58,9 @@ def elbo_logprob(
         ``[B]`` or ``[B, n_mc]`` fp32 (fp64 for a model in fp64).
 
     Raises:
-        As :func:`bgpo_backward`. In backward, FloatingPointError for a non-finite gradient, before any reaches .grad.
+        As :func:`bgpo_backward`. In backward, before anything reaches .grad: FloatingPointError for a non-finite
+        gradient; RuntimeError when parameters were changed since, under create_graph=True, and (from torch) for
+        checkpointing with use_reentrant=True.
     """
     problem = prepare(
         model, input_ids, response_mask, n_mc=n_mc, seed=seed, attention_mask=attention_mask, sample_ids=sample_ids,
@@ -69,7 +72,7 @@ def elbo_logprob(
     if torch.is_grad_enabled() and parameters:
         samples = _Elbo.apply(problem, batches, *parameters)
     else:
-        samples = score_all(problem, batches, DropoutSeeds(model, problem.device))
+        samples = score_all(problem, batches, DropoutSeeds(model))
     return samples if per_sample else samples.mean(-1)
 
 
@@ -79,14 +82,23 @@ class _Elbo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, problem: Problem, batches: MicroBatches, *parameters: Tensor) -> Tensor:
         ctx.problem, ctx.batches, ctx.parameters = problem, batches, parameters
-        ctx.seeds = DropoutSeeds(problem.model, problem.device)
-        ctx.autocast = _autocast_state(problem.device.type)
+        ctx.versions = [p._version for p in parameters]
+        ctx.seeds = DropoutSeeds(problem.model)
+        ctx.autocast = _autocast_options(problem.device.type)
         return score_all(problem, batches, ctx.seeds)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         problem, parameters = ctx.problem, ctx.parameters
+        if torch.is_grad_enabled():  # create_graph=True; the graph of the replays is gone by then
+            raise RuntimeError("elbo_logprob cannot be differentiated twice")
+        if ctx.versions != [p._version for p in parameters]:
+            raise RuntimeError(
+                "parameters were modified in place between elbo_logprob and the backward of its result (an optimizer "
+                "step?): call backward first, or call elbo_logprob again"
+            )
         totals: list[Tensor | None] = [None] * len(parameters)
+        owned = [False] * len(parameters)
 
         def carry_on(roots: Roots) -> None:
             tensors, slopes = map(list, zip(*roots, strict=True))
@@ -95,13 +107,19 @@ class _Elbo(torch.autograd.Function):
                 if new is None:
                     continue
                 total = totals[i]
-                totals[i] = new if total is None else total.add_(new)
+                if total is None:  # may be expanded, or shared with another parameter: not ours to write to
+                    totals[i] = new
+                elif owned[i]:
+                    total.add_(new)
+                else:
+                    totals[i], owned[i] = total + new, True
 
         def restart() -> None:
             totals[:] = [None] * len(parameters)
+            owned[:] = [False] * len(parameters)
 
         sink = HeadSink(problem.model, problem.head.module, through_autograd=True)
-        with ctx.autocast():
+        with torch.autocast(**ctx.autocast), ctx.seeds.modes(), _hooks_suspended(parameters):
             backward_all(problem, ctx.batches, ctx.seeds, grad, sink, carry_on, restart)
         present = [t for t in totals if t is not None]
         if present and not bool(torch.isfinite(largest_magnitude(present))):
@@ -109,13 +127,21 @@ class _Elbo(torch.autograd.Function):
         return (None, None, *totals)
 
 
-def _autocast_state(device_type: str) -> Any:
-    """A factory of contexts that restore the autocast setting of the forward (backward runs outside it)."""
-    if not torch.is_autocast_enabled(device_type):
-        return nullcontext
-    dtype = torch.get_autocast_dtype(device_type)
+def _autocast_options(device_type: str) -> dict[str, Any]:
+    """The autocast setting of the forward, on or off, for a backward that runs outside or inside one."""
+    enabled = torch.is_autocast_enabled(device_type)
+    return {"device_type": device_type, "dtype": torch.get_autocast_dtype(device_type), "enabled": enabled}
 
-    def context() -> AbstractContextManager:
-        return torch.autocast(device_type, dtype=dtype)
 
-    return context
+@contextmanager
+def _hooks_suspended(parameters: tuple[Tensor, ...]) -> Iterator[None]:
+    """Tensor hooks see the total in the caller's backward; the inner backwards would run them on every part as well."""
+    hooks = [p._backward_hooks for p in parameters if p._backward_hooks]
+    kept = [dict(h) for h in hooks]
+    for h in hooks:
+        h.clear()
+    try:
+        yield
+    finally:
+        for h, entries in zip(hooks, kept, strict=True):
+            h.update(entries)

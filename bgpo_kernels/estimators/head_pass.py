@@ -10,11 +10,13 @@ autograd from the hidden states afterwards; the logits never enter a graph.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..bound import ops as bound_ops
-from ..head.engine import Coefficients, Gradients, Head, Segments, one_pass, score
+from ..head.engine import Coefficients, Head, Segments, one_pass, score
 from ..head.ops import scatter_rows
 from ..masks.draw import MaskDraw
 from ..models import capture_head
@@ -28,9 +30,7 @@ def score_samples(problem: Problem, draw: MaskDraw) -> Tensor:
     def consume(hidden: Tensor) -> Tensor:
         head = _head(problem, hidden, draw)
         stats = score(head, draw.host_offsets)
-        return bound_ops.segment_sum(
-            stats[2], draw.segment_offsets, draw.segment_weight.flatten(), problem.backend
-        )
+        return bound_ops.segment_sum(stats[2], draw.segment_offsets, draw.segment_weight.flatten(), problem.backend)
 
     with torch.no_grad(), capture_head(problem.model, problem.head, consume) as capture:
         problem.model(input_ids=draw.noisy_ids[0], **problem.forward_kwargs)
@@ -48,8 +48,11 @@ def backward_samples(
     roots: list[tuple[Tensor, Tensor]] = []
 
     def consume(hidden: Tensor) -> Tensor:
-        if done:  # the model is recomputed for its backward (checkpointing around the whole model)
-            return hidden
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                "the model ran its head without autograd, so no gradient could reach the layers below: use "
+                "checkpointing with use_reentrant=False or around layers only, and no torch.no_grad in the forward"
+            )
         head = _head(problem, hidden, draw)
         into = sink.gradients(head, hidden.requires_grad)
         segments = Segments(draw.segment_offsets, draw.host_offsets, draw.segment_weight.flatten())
@@ -67,8 +70,15 @@ def backward_samples(
     return done["sums"], roots
 
 
+def start_backward(roots: list[tuple[Tensor, Tensor]]) -> None:
+    """Autograd from (tensor, gradient) pairs into .grad."""
+    if roots:
+        tensors, gradients = zip(*roots, strict=True)
+        torch.autograd.backward(tensors, gradients)
+
+
 def _head(problem: Problem, hidden: Tensor, draw: MaskDraw) -> Head:
-    module = problem.head.module
+    module: Any = problem.head.module
     flat = hidden.detach().reshape(-1, hidden.shape[-1])
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and flat.dtype != torch.float64:

@@ -6,7 +6,8 @@ out-of-memory has taught is kept per model.
 
 With ``micro_batch_tokens=None``: 2048 tokens on a CPU (GEMMs are at full rate, activations stay small); on a GPU as
 many as a rough estimate of activation memory allows, 16384 at most, halved on out-of-memory. Halving never changes a
-result: masks do not depend on micro-batches, and a failed micro-batch leaves no trace in any .grad.
+result: masks do not depend on micro-batches, and a failed micro-batch leaves no trace in any .grad. (Dropout does
+depend on them: the second pass of a model that draws it raises, and the next call begins with the smaller size.)
 """
 
 from __future__ import annotations
@@ -63,21 +64,36 @@ class MicroBatches:
         self.tokens = _learned[unwrap(self.problem.model)] = alive // 2 * tokens
         return True
 
-    def run(self, sequences: list[int], body: Callable[[int, int, int], None], restart: Callable[[], None]) -> None:
-        """``body(b, lo, hi)`` for every range; after an out-of-memory ``restart`` undoes all and the walk begins anew."""
+    def run(
+        self,
+        sequences: list[int],
+        body: Callable[[int, int, int], None],
+        restart: Callable[[], None],
+        pinned: bool = False,
+    ) -> None:
+        """``body(b, lo, hi)`` for every range; after an out-of-memory ``restart`` undoes all and the walk begins anew.
+
+        ``pinned``: the ranges must stay, because they have to draw the dropout of an earlier pass again.
+        """
         while (failed := self._walk(sequences, body)) is not None:
             b, error = failed
             # Outside the except block: the traceback no longer keeps the failed graph alive.
             restart()
             if not self.shrink(b):
-                given = f"micro_batch_tokens={self.tokens} do not fit (None would halve them)"
-                single = f"one sample of {self.problem.sequences[b].tokens} tokens does not fit"
+                raise torch.OutOfMemoryError(f"{error}\nbgpo_kernels: {self._advice(b)}")
+            if pinned:
                 raise torch.OutOfMemoryError(
-                    f"{error}\nbgpo_kernels: {single if self.automatic else given}; use smaller micro-batches, "
-                    "gradient checkpointing or a smaller workspace (set_workspace_bytes)"
+                    f"{error}\nbgpo_kernels: a second pass repeats the dropout of the first, so it cannot go on with "
+                    f"smaller micro-batches; the next call begins with them (micro_batch_tokens={self.tokens})"
                 )
             if self.problem.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _advice(self, b: int) -> str:
+        rest = "use gradient checkpointing or a smaller workspace (set_workspace_bytes)"
+        if self.automatic:
+            return f"one sample of {self.problem.sequences[b].tokens} tokens does not fit; {rest}"
+        return f"micro_batch_tokens={self.tokens} do not fit; pass fewer, or None, which halves by itself, or {rest}"
 
     def _walk(self, sequences: list[int], body: Callable[[int, int, int], None]) -> tuple[int, str] | None:
         for b in sequences:
@@ -109,6 +125,8 @@ class GradientGuard:
     """
 
     def __init__(self, model: nn.Module, sink: HeadSink) -> None:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("gradients cannot be made under torch.inference_mode; torch.no_grad does no harm")
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._sink = sink
         holds = _hold_something([p.grad for p in self._parameters])
@@ -164,9 +182,10 @@ def _hold_something(gradients: list[Tensor | None]) -> list[bool]:
 
 
 def largest_magnitude(tensors: list[Tensor]) -> Tensor:
-    """max |x| over all entries as a scalar on the first tensor's device; NaN if there is one."""
+    """max |x| over all entries as a scalar on the first tensor's device; NaN if there is one. No copy of a tensor."""
     device = tensors[0].device
-    tops = [t.detach().abs().amax().to(device=device, dtype=torch.float64) for t in tensors if t.numel()]
+    norms = (torch.linalg.vector_norm(t.detach(), torch.inf) for t in tensors if t.numel())
+    tops = [norm.to(device=device, dtype=torch.float64) for norm in norms]
     return torch.stack(tops).amax() if tops else torch.zeros((), device=device)
 
 

@@ -99,23 +99,26 @@ def prepare(
         spec.logit_scale, spec.softcap, check.number("temperature", temperature, 0.0, exclusive=True)
     )
     attended = _attended(attention_mask, input_ids, response_mask)
-    mask_token_id = -1 if draw is not None else _mask_token_id(model, mask_token_id)
-    n_mc = n_mc if draw is None else draw.n_mc
+    if draw is None:
+        n_mc, mask_token_id = check.integer("n_mc", n_mc, 1), _mask_token_id(model, mask_token_id)
+    else:
+        _check_explicit(draw, input_ids, response_mask)
+        n_mc, mask_token_id = draw.n_mc, -1
     lengths, max_id = check_response(input_ids, response_mask, None, mask_token_id, n_mc)
-    _check_vocabulary(model, spec, max_id, mask_token_id, input_ids if attended is None else input_ids[attended])
-    if spec.shift and bool(response_mask[:, : spec.shift].any()):
-        raise ValueError(f"row i-{spec.shift} predicts token i in this model, so the response cannot start at index 0")
+    tokens = {"input_ids": input_ids} if draw is None else {"input_ids": input_ids, "draw.noisy_ids": draw.noisy_ids}
+    _check_vocabulary(model, spec, max_id if draw is None else draw.max_target, mask_token_id, tokens, attended)
     if sample_ids is None:
         sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
     draw_spec = None
     if draw is None:
         draw_spec = make_spec(scheme, schedule, n_mc, seed, mask_token_id, lengths, input_ids.device)
-    else:
-        _check_explicit(draw, input_ids)
+    sequences = _sequences(input_ids, response_mask, attended, sample_ids, lengths)
+    _check_shift(spec.shift, sequences)
+    resolved = resolve(backend, input_ids.device)
     assert_bidirectional(model, spec)
     return Problem(
-        model, spec, _sequences(input_ids, response_mask, attended, sample_ids, lengths), n_mc, draw_spec, draw,
-        transform, resolve(backend, input_ids.device), input_ids.device, max_id, forward_kwargs(model),
+        model, spec, sequences, n_mc, draw_spec, draw, transform, resolved, input_ids.device, max_id,
+        forward_kwargs(model),
     )  # fmt: skip
 
 
@@ -157,23 +160,46 @@ def _mask_token_id(model: nn.Module, given: int | None) -> int:
     return int(found)
 
 
-def _check_vocabulary(model: nn.Module, spec: HeadSpec, max_id: int, mask_token_id: int, tokens: Tensor) -> None:
-    size = spec.module.weight.shape[0]
+def _check_vocabulary(
+    model: nn.Module,
+    spec: HeadSpec,
+    max_id: int,
+    mask_token_id: int,
+    tokens: dict[str, Tensor],
+    attended: Tensor | None,
+) -> None:
+    """``tokens`` [B, T] or [B, n, T] by argument name; padding may hold anything."""
+    weight: Any = spec.module.weight
+    size = weight.shape[0]
     if max_id >= size:
-        raise ValueError(f"input_ids: response id {max_id} is outside the head's vocabulary of {size}")
+        raise ValueError(f"response id {max_id} (input_ids or draw.targets) is outside the head's vocabulary of {size}")
     getter = getattr(unwrap(model), "get_input_embeddings", None)
     table = getter() if callable(getter) else None
     known = getattr(table, "num_embeddings", None)
     if known is None:
         return
-    check.ids_in_range("input_ids", tokens, 0, known, "rows of the model's embedding")
+    for name, ids in tokens.items():
+        real = ids if attended is None else ids.movedim(-1, 1)[attended]
+        check.ids_in_range(name, real, 0, known, "rows of the model's embedding")
     if mask_token_id >= known:
         raise ValueError(f"mask_token_id {mask_token_id} is outside the model's embedding of {known} rows")
 
 
-def _check_explicit(draw: Any, input_ids: Tensor) -> None:
+def _check_shift(shift: int, sequences: list[Sequence]) -> None:
+    early = [b for b, s in enumerate(sequences) if shift and bool(s.response_mask[:, :shift].any())]
+    if early:
+        raise ValueError(
+            f"row i-{shift} predicts token i in this model, so the response cannot start at the first token, as "
+            f"response_mask says of row(s) {early[:8]}"
+        )
+
+
+def _check_explicit(draw: Any, input_ids: Tensor, response_mask: Tensor) -> None:
     if not isinstance(draw, MaskDraw):
         raise TypeError(f"draw must be a MaskDraw, got {type(draw).__name__}")
     batch, tokens = input_ids.shape
     check.shape("draw.noisy_ids", draw.noisy_ids, (batch, "n", tokens), " (B and T of input_ids)")
     check.same_device("draw", draw.noisy_ids, "input_ids", input_ids)
+    stray = draw.rows[~response_mask[draw.rows // (draw.n_mc * tokens), draw.rows % tokens]][:4].tolist()
+    if stray:
+        raise ValueError(f"draw.rows {stray} (flat indices into B*n*T) are not marked in response_mask")

@@ -17,7 +17,7 @@ from ..masks.draw import MaskDraw
 from ..masks.schedule import CountSchedule
 from ..models import HeadSpec
 from .dropout import DropoutSeeds
-from .head_pass import backward_samples, score_samples
+from .head_pass import backward_samples, score_samples, start_backward
 from .micro_batch import GradientGuard, MicroBatches, assert_finite_logprob
 from .problem import Problem, prepare
 from .sink import HeadSink
@@ -70,19 +70,15 @@ def replay_backward(
         backend=backend,
     )  # fmt: skip
     batches = MicroBatches(problem, micro_batch_tokens)
-    seeds = DropoutSeeds(model, problem.device)
+    seeds = DropoutSeeds(model)
+    sink = HeadSink(model, problem.head.module)
+    guard = GradientGuard(model, sink)
     scores = score_all(problem, batches, seeds)
     assert_finite_logprob(scores, [int(s.sample_id) for s in problem.sequences])
     loss, coefficients = _differentiate(objective, scores)
 
-    sink = HeadSink(model, problem.head.module)
-    guard = GradientGuard(model, sink)
-
-    def carry_on(roots: Roots) -> None:
-        torch.autograd.backward(*map(list, zip(*roots, strict=True)))
-
     with guard.accumulating():
-        backward_all(problem, batches, seeds, coefficients, sink, carry_on, guard.clear)
+        backward_all(problem, batches, seeds, coefficients, sink, start_backward, guard.clear)
     return ReplayStep(loss, scores)
 
 
@@ -96,11 +92,13 @@ def _differentiate(objective: Callable[[Tensor], Tensor], scores: Tensor) -> tup
         raise ValueError(f"objective must return a scalar tensor, got {got}")
     if not loss.requires_grad:
         raise ValueError("objective's result does not depend on its argument by a differentiable path")
-    (slope,) = torch.autograd.grad(loss.sum(), leaf, allow_unused=True)
+    (slope,) = torch.autograd.grad(loss, leaf, torch.ones_like(loss), allow_unused=True)
     if slope is None:
         raise ValueError("objective's result does not depend on its argument")
-    if not bool(torch.isfinite(slope).all()):
-        raise FloatingPointError("objective has a non-finite derivative: nothing was added to .grad; skip this step")
+    if not bool(torch.isfinite(slope).all() & torch.isfinite(loss).all()):
+        raise FloatingPointError(
+            f"objective is {loss.item()}, or its derivative is not finite: nothing was added to .grad; skip this step"
+        )
     return loss.detach().reshape(()), slope
 
 
@@ -138,4 +136,4 @@ def backward_all(
         if roots:
             carry_on(roots)
 
-    batches.run([b for b, row in enumerate(wanted) if any(row)], body, restart)
+    batches.run([b for b, row in enumerate(wanted) if any(row)], body, restart, pinned=seeds.drawn)

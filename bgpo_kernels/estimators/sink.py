@@ -33,10 +33,10 @@ class HeadSink:
     def __init__(self, model: nn.Module, module: nn.Module, through_autograd: bool = False) -> None:
         self._module = module
         self._buffers: dict[str, Tensor] = {}
-        trained = [n for n in ("weight", "bias") if (p := getattr(module, n, None)) is not None and p.requires_grad]
-        self._direct = {
-            name for name in trained if not through_autograd and _unwatched(model, getattr(module, name))
-        }
+        with torch.enable_grad():  # a parametrized weight is computed here, and requires grad in grad mode only
+            found = {name: getattr(module, name, None) for name in ("weight", "bias")}
+        trained = {name: p for name, p in found.items() if p is not None and p.requires_grad}
+        self._direct = {name for name, p in trained.items() if not through_autograd and _unwatched(model, p)}
         self._through_autograd = set(trained) - self._direct
 
     def gradients(self, head: Head, hidden: bool) -> Gradients:
