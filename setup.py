@@ -55,7 +55,7 @@ def find_nvcc() -> str | None:
 
 def want_cuda() -> str | None:
     """Path of nvcc when the CUDA part is to be built, else None; says which and why."""
-    choice = os.environ.get("BGPO_KERNELS_CUDA", "auto").lower()
+    choice = (os.environ.get("BGPO_KERNELS_CUDA") or "auto").lower()
     if choice not in ("0", "1", "auto"):
         raise SystemExit(f"bgpo_kernels: BGPO_KERNELS_CUDA must be 0, 1 or auto, not {choice!r}")
     if choice == "0":
@@ -160,7 +160,7 @@ class BuildEngines(build_ext):
         """nvcc compiles and links everything here, so its own profile finds the toolkit's headers and libraries."""
         nvcc = find_nvcc()
         assert nvcc is not None
-        archs = os.environ.get("BGPO_KERNELS_ARCHS", DEFAULT_ARCHS)
+        archs = os.environ.get("BGPO_KERNELS_ARCHS") or DEFAULT_ARCHS
         if cxx := os.environ.get("CXX"):
             nvcc = f"{nvcc} -ccbin {cxx}"
         kernels = [*CUDA_COMMON, *gencode_flags(archs)]
