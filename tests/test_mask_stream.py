@@ -11,13 +11,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from mask_model import LAWS, MASK_ID, PROMPT, assert_same_draw, bits_of, draw, make_batch, philox, sample, words
+from mask_model import (
+    COUNTS,
+    KEYS,
+    LAWS,
+    MASK_ID,
+    PROMPT,
+    assert_same_draw,
+    bits_of,
+    draw,
+    make_batch,
+    philox,
+    sample,
+    words,
+)
 from torch import Tensor
 
 import bgpo_kernels as bk
 from bgpo_kernels import _cpu
+from bgpo_kernels.backends import engine as engine_of
 from bgpo_kernels.backends import why_not
 from bgpo_kernels.masks import reference
+from bgpo_kernels.masks.schedule import DrawSpec
 
 # (counter, key) -> words: Random123's known-answer tests; the last one's word 3 is the 10,000th output of C++26's
 # std::philox4x32, whose counter is then (2499, 0, 0, 0).
@@ -137,6 +152,36 @@ def test_short_responses_follow_the_specification(law: str, length: int) -> None
         drawn = draw(law, ids, response, n_mc=6, backend=backend)
         assert bits_of(drawn, response) == [[s.bits for s in row] for row in model]
         assert drawn.segment_weight.tolist() == [[s.weight for s in row] for row in model]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_thresholds_belong_to_the_upper_side(backend: str) -> None:
+    """A count needs a cumulative probability *above* its word, a prompt token a word *below* its threshold."""
+    select = engine_of("masks", backend).select
+    ids, response, sample_ids = torch.zeros(1, 4, dtype=torch.int64), torch.arange(4)[None] < 2, torch.tensor([9])
+    word = (1 << 32) + words(0, 1, 9, COUNTS, 7)[0]
+    for threshold, count in ((word, 2), (word + 1, 1)):
+        tables = torch.tensor([threshold, 2 << 32]), torch.ones(2), torch.tensor([0])
+        spec = DrawSpec("exact", "table", 2, 1, 2, 7, MASK_ID, 0, *tables)
+        assert select(ids, response, None, sample_ids, spec)[1].item() == count
+    word = words(3, 1, 9, PROMPT, 7)[0]
+    for threshold, masked in ((word, False), (word + 1, True)):
+        spec = DrawSpec("exact", "uniform", 2, 1, 2, 7, MASK_ID, threshold)
+        assert (select(ids, response, ~response, sample_ids, spec)[0][0, 0, 3] == MASK_ID).item() == masked
+
+
+@pytest.mark.parametrize(("sample_id", "position", "masked"), [(163556585, 13, False), (32204527, 14, True)])
+def test_a_bernoulli_token_is_masked_below_its_threshold(
+    sample_id: int, position: int, masked: bool, engine: tuple[str, torch.device]
+) -> None:
+    """Found by search: sample ids for which the word of one token equals the threshold, and is one less."""
+    threshold = words(0, 0, sample_id, COUNTS, 7)[0] + 1
+    assert words(position, 0, sample_id, KEYS, 7)[0] == threshold - masked
+    backend, device = engine
+    ids = torch.zeros(1, 16, dtype=torch.int64, device=device)
+    sample_ids = torch.tensor([sample_id], device=device)
+    drawn = draw("bernoulli-uniform", ids, ids == 0, n_mc=1, sample_ids=sample_ids, backend=backend)
+    assert (drawn.noisy_ids[0, 0, position] == MASK_ID).item() == masked
 
 
 def one_run(response: Tensor) -> Tensor:
