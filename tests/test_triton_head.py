@@ -316,6 +316,30 @@ def test_rows_beyond_2_to_31_elements() -> None:
     assert torch.equal(stats[:3], want_stats[:3]) and torch.equal(grad, want_grad)
 
 
+@pytest.mark.parametrize("transform", [PLAIN, TRANSFORMS[-1]], ids=str)
+def test_gradcheck_through_both_kernels(transform: LogitTransform) -> None:
+    """Tier 2, with an arbitrary upstream gradient for log-probability and entropy together."""
+    chunk = make_chunk(40, torch.float64, rows=3, bias=True)
+
+    class Rows(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, logits: Tensor) -> tuple[Tensor, Tensor]:
+            stats = torch.empty(4, 3, dtype=torch.float64, device=DEVICE)
+            triton_kernels.row_statistics(logits, chunk.targets, chunk.bias, transform, stats, True)
+            ctx.save_for_backward(logits, stats)
+            return stats[2].clone(), stats[3].clone()
+
+        @staticmethod
+        def backward(ctx: object, g: Tensor, h: Tensor) -> Tensor:
+            logits, stats = ctx.saved_tensors
+            return triton_kernels.dlogits_(
+                logits.clone(), chunk.targets, chunk.bias, transform, stats, g, h, torch.float64
+            )
+
+    logits = chunk.logits.clone().requires_grad_()
+    assert torch.autograd.gradcheck(Rows.apply, logits, eps=1e-6, atol=1e-5, rtol=1e-3, nondet_tol=0.0, fast_mode=True)
+
+
 def test_strided_inputs() -> None:
     chunk = make_chunk(500, bias=True, entropy=True)
     stats, grad = run(triton_kernels, chunk, PLAIN, torch.float32)
