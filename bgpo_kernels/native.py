@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .backends import why_not
+
+HUGE_PAGE_MIN = 8 << 20  # bytes: below, page faults are no matter
+
 
 def address(tensor: Tensor | None) -> int:
     """Address of the first element, 0 for None."""
@@ -25,3 +29,16 @@ def stream(tensor: Tensor) -> tuple[int, int]:
     """Device index and handle of the current CUDA stream on the tensor's device: where its kernels are launched."""
     device = tensor.device
     return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
+def with_huge_pages(buffer: Tensor) -> Tensor:
+    """The same tensor, its memory hinted to be backed by 2 MiB pages when it is large and on the CPU.
+
+    For fresh buffers that are about to be written whole; without the compiled engine, or for small ones, nothing happens.
+    """
+    size = buffer.numel() * buffer.element_size()
+    if buffer.device.type == "cpu" and size >= HUGE_PAGE_MIN and why_not("cpu", buffer.device) is None:
+        from . import _cpu
+
+        _cpu.advise_huge_pages(buffer.data_ptr(), size)
+    return buffer

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import validation as check
+from .native import with_huge_pages
 
 #: Logits of one chunk. On a GPU 1 GiB is 2118 rows of LLaDA's vocabulary in fp32: enough that re-reading the fp32 dW
 #: accumulator for every chunk costs about a tenth of the GEMMs. On a CPU 256 MiB keep the same ratio far smaller.
@@ -88,4 +89,4 @@ def _buffer(size: int, device: torch.device) -> Tensor:
 @torch.inference_mode(False)
 def _new(size: int, device: torch.device) -> Tensor:
     """Never an inference tensor: a buffer made while scoring under inference_mode is written to in training too."""
-    return torch.empty(size, dtype=torch.uint8, device=device)
+    return with_huge_pages(torch.empty(size, dtype=torch.uint8, device=device))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..backends import engine
 from ..bound.ops import spread
+from ..native import with_huge_pages
 from ..workspace import chunk_capacity, logits_buffer
 from .chunks import Group, cut, plan
 from .options import LogitTransform
@@ -108,7 +109,8 @@ class Gradients:
         if self.weight is None:
             single = last and head.weight.dtype == head.gemm_dtype
             dtype = head.weight.dtype if single else head.stats_dtype
-            self.weight = torch.empty_like(head.weight, dtype=dtype, memory_format=torch.contiguous_format)
+            fresh = torch.empty_like(head.weight, dtype=dtype, memory_format=torch.contiguous_format)
+            self.weight = with_huge_pages(fresh)
             if dtype == dlogits.dtype:
                 torch.mm(dlogits.T, x, out=self.weight)
             else:

@@ -192,10 +192,13 @@ def _(hidden, weight, bias, rows, targets, offsets, host_offsets, segment_weight
 def _loss_setup(ctx, inputs, output) -> None:
     _loss, logprob, slope, *grads = output
     ctx.mark_non_differentiable(logprob, slope, *grads)
+    ctx.set_materialize_grads(False)  # or autograd would fill a [V, H] of zeros for the output that is dW
     ctx.save_for_backward(*grads)
 
 
 def _loss_backward(ctx, grad_loss, *_unused):
+    if grad_loss is None:
+        return (None,) * 22
     # Handing back the saved tensors themselves lets autograd adopt them as .grad without a copy of [V, H].
     unit = grad_loss.device.type == "cpu" and not _is_fake(grad_loss) and float(grad_loss) == 1.0
     found = [g if unit else g * grad_loss for g in ctx.saved_tensors]

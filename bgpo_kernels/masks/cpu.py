@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _cpu
-from ..native import address, dense, threads
+from ..native import address, dense, threads, with_huge_pages
 from .schedule import SCHEMES, DrawSpec
 
 _SCHEDULES = ("uniform", "stratified", "table")
@@ -17,7 +17,7 @@ def select(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``reference.select``."""
     batch, tokens = input_ids.shape
-    noisy = torch.empty(batch, spec.samples, tokens, dtype=torch.int64)
+    noisy = with_huge_pages(torch.empty(batch, spec.samples, tokens, dtype=torch.int64))
     count = torch.empty(batch, spec.samples, dtype=torch.int32)
     weight = torch.empty(batch, spec.samples, dtype=torch.float32)
     draw, _keep = _draw(input_ids, response_mask, prompt_mask, sample_ids, spec)
