@@ -7,6 +7,10 @@ allocator must give freed blocks back at once, which `ALLOCATOR_ENV` makes glibc
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import importlib
+import json
 import os
 import platform
 import re
@@ -26,15 +30,15 @@ import torch
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 ROOT = Path(__file__).resolve().parent.parent
 
-# Blocks of 1 MiB and more live in mappings of their own, which are returned when freed; a fixed threshold also stops
+# Blocks of 64 KiB and more live in mappings of their own, which are returned when freed; a fixed threshold also stops
 # glibc from raising it while it runs. One arena, trimmed, so that what is left over does not depend on which thread
-# freed what. Large pages (where the kernel grants them) keep page faults, half of the time otherwise, out of the timing.
+# freed what. The price is page faults for fresh blocks, which every method pays for what it allocates.
 ALLOCATOR_ENV = {
-    "MALLOC_MMAP_THRESHOLD_": str(MIB),
-    "MALLOC_TRIM_THRESHOLD_": str(MIB),
+    "MALLOC_MMAP_THRESHOLD_": str(64 * KIB),
+    "MALLOC_TRIM_THRESHOLD_": str(64 * KIB),
     "MALLOC_TOP_PAD_": "0",
     "MALLOC_ARENA_MAX": "1",
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "MKL_DISABLE_FAST_MM": "1",  # MKL otherwise keeps its packing buffers, per thread and for the largest shape yet
 }
 
 
@@ -60,21 +64,30 @@ class PeakMemory:
 
     def start(self) -> None:
         """Take the memory held now as the baseline and forget earlier peaks."""
+        self.restart()
+        if self.device.type == "cuda":
+            self.baseline = torch.cuda.memory_allocated(self.device)
+        else:
+            self.baseline = _process_memory("VmRSS") if self.how == "VmHWM" else _max_resident()
+
+    def restart(self) -> None:
+        """Forget earlier peaks and give free memory back, the baseline staying as it is."""
+        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
-            self.baseline = torch.cuda.memory_allocated(self.device)
             return
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+        if trim is not None:
+            trim(0)
         try:
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present resident set
-            self.baseline = _process_memory("VmRSS")
         except OSError:
             self.how = "ru_maxrss"
-            self.baseline = _max_resident()
 
     def above(self) -> int:
-        """Bytes by which the peak since `start` exceeded the baseline."""
+        """Bytes by which the peak since the last start or restart exceeded the baseline."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             return torch.cuda.max_memory_allocated(self.device) - self.baseline
@@ -150,6 +163,28 @@ def median_ratio(seconds: Mapping[str, list[float]], ours: str, theirs: str) -> 
     return statistics.median(a / b for a, b in zip(seconds[ours], seconds[theirs], strict=True))
 
 
+def peak_in_fresh_process(module: str, function: str, *arguments: Any) -> int:
+    """Peak CPU bytes of one call of what `module.function(*arguments)` returns, above the moment before it.
+
+    `function` (in a module next to this one) builds the inputs, warms libraries up on something small, and returns the
+    call to measure. Arguments must survive JSON. Raises RuntimeError with the child's error.
+    """
+    command = [sys.executable, str(Path(__file__).resolve()), module, function, json.dumps(arguments)]
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{module}.{function}{arguments} failed:\n{done.stderr}")
+    return int(done.stdout.split()[-1])
+
+
+def _measure_here(module: str, function: str, arguments: str) -> None:
+    call = getattr(importlib.import_module(module), function)(*json.loads(arguments))
+    memory = PeakMemory("cpu")
+    memory.start()
+    kept = call()  # what the call returns counts: it is alive when the call ends
+    print(memory.above())
+    del kept
+
+
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Versions, machine, commit and command of this run, for the record."""
     device = torch.device(device)
@@ -204,3 +239,7 @@ def child_environment() -> dict[str, str]:
     """Environment for a fresh measuring process: the allocator settings, and the same import path as this process."""
     import_path = os.pathsep.join(path for path in sys.path if path)
     return {**os.environ, **ALLOCATOR_ENV, "PYTHONPATH": import_path, "TOKENIZERS_PARALLELISM": "false"}
+
+
+if __name__ == "__main__":
+    _measure_here(*sys.argv[1:])

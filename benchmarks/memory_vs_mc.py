@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the comparison; returns the exit status: 0, 1 when a point failed, 2 for a mistake in options or data."""
     options = parse(arguments)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=110)  # a log file has no width of its own: keep the table in one piece
     with tempfile.TemporaryDirectory(prefix="memory_vs_mc-") as directory:
         workdir = Path(directory)
         try:
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             print(f"memory_vs_mc: {error}", file=sys.stderr)
             return 2
-        console.print(_setting(options, tokens), highlight=False)
+        console.print(_setting(options, tokens), highlight=False, soft_wrap=True)
         try:
             points = _measured(options, tokens, workdir)
         except PointFailed as error:

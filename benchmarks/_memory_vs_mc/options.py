@@ -46,6 +46,7 @@ class Options:
     device: str
     seed: int
     memory_budget: int | None
+    workspace: int | None
     plot: Path | None
     json: Path | None
     csv: Path | None
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--memory-budget", metavar="SIZE", help="memory one process may hold, as 4GiB [CPU 4GiB; GPU all]"
     )
+    what.add_argument("--workspace", metavar="SIZE", help="workspace of bgpo_kernels [CPU 16MiB; GPU its own default]")
     what.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N [%(default)s]")
     what.add_argument("--dtype", choices=DTYPES, help="dtype of weights and activations [CPU float32; GPU bfloat16]")
     what.add_argument("--seed", type=int, default=0, help="seeds problems, candidates, weights, masks [%(default)s]")
@@ -94,7 +96,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _checked(given: argparse.Namespace) -> Options:
     device = _device(given.device)
-    budget = None if given.memory_budget is None else parse_size(given.memory_budget)
+    budget = parse_size("--memory-budget", given.memory_budget)
+    workspace = parse_size("--workspace", given.workspace)
+    if workspace is None and device.type == "cpu":
+        workspace = 16 * MIB
     if budget is None and device.type == "cpu" and Path("/proc/self/status").exists():
         budget = 4 * GIB
     if device.type == "cuda" and budget is not None:
@@ -129,18 +134,21 @@ def _checked(given: argparse.Namespace) -> Options:
         device=str(device),
         seed=given.seed,
         memory_budget=budget,
+        workspace=workspace,
         plot=plot,
         json=given.json,
         csv=given.csv,
     )
 
 
-def parse_size(text: str) -> int:
-    """Bytes of "512MiB", "4GiB", "1.5 GB" (decimal) or a plain number; ValueError for anything else or for nothing."""
+def parse_size(option: str, text: str | None) -> int | None:
+    """Bytes of "512MiB", "4GiB", "1.5 GB" (decimal) or a plain number; ValueError for anything else or for zero."""
+    if text is None:
+        return None
     units = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "kb": 10**3, "mb": 10**6, "gb": 10**9}
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if not found or found[2] not in units or float(found[1]) == 0:
-        raise ValueError(f"--memory-budget: {text!r} is not a size; write it as 512MiB, 4GiB or 80GB")
+        raise ValueError(f"{option}: {text!r} is not a size; write it as 512MiB, 4GiB or 80GB")
     return int(float(found[1]) * units[found[2]])
 
 

@@ -1,15 +1,26 @@
-"""One point of the sweep, run as a process of its own: `python -m _memory_vs_mc.point SPEC.json`.
+"""One point of the sweep, in a process of its own.
 
-It limits its memory, builds the model and its gradients, warms libraries and threads up on a few tokens through the
-body alone, takes the memory then held as the baseline, and only then runs the update. Writes its result to SPEC's
-`result` file; running out of memory is a result like any other.
+    python -m _memory_vs_mc.point SPEC.json     one point
+    python -m _memory_vs_mc.point               a server: for each line on stdin, the path of a spec, it forks a process
+                                                that runs the point, and answers with its exit status
+
+The server has only imported the libraries, so a forked process is as fresh as a new one without the seconds that these
+imports take. It is not used with CUDA, whose driver does not survive a fork.
+
+A point limits its memory, builds the model, runs one update at n_mc = 1 so that library code, threads and allocators
+are in place for every method, drops the gradients, and takes the memory then held as the baseline. Peak memory is
+that above the baseline and the gradients, which the update creates anew. Running out of memory is a result like any
+other.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +29,7 @@ import torch
 from _measure import PeakMemory, is_out_of_memory, limit_memory, synchronize
 from torch import nn
 
+import bgpo_kernels as bk
 from _memory_vs_mc.methods import METHODS, Batch
 from bgpo_kernels.models.llada import build_llada, llada_config, make_bidirectional
 
@@ -26,7 +38,7 @@ COMPARED_ENTRIES = 1 << 25  # gradients with more entries than this are compared
 
 
 def main(spec_path: str) -> None:
-    """Run the point described by the JSON file `spec_path` and write its result."""
+    """Run the point described by the JSON file `spec_path` and write its result where the spec says."""
     spec = json.loads(Path(spec_path).read_text())
     result: dict[str, Any] = {}
     try:
@@ -45,25 +57,31 @@ def measure(spec: dict[str, Any], result: dict[str, Any]) -> None:
     """Fill `result`: baseline and peak bytes, seconds of every update; save the gradient of the first one."""
     device, dtype = torch.device(spec["device"]), getattr(torch, spec["dtype"])
     model = _model(spec, dtype, device)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    _warm_up(model, device)
-    batch = _batch(spec, device)
-    update = METHODS[spec["method"]].update
+    update, batch = METHODS[spec["method"]].update, _batch(spec, device)
+    update(model, replace(batch, n_mc=1))
+    gradient_bytes = sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None)
+    _forget(model, spec)
     memory = PeakMemory(device)
     memory.start()
-    result |= {"baseline_bytes": memory.baseline, "instrument": memory.how, "seconds": [], "peak_bytes": []}
+    result |= {"baseline_bytes": memory.baseline, "instrument": memory.how, "gradient_bytes": gradient_bytes}
+    result |= {"seconds": [], "peak_bytes": []}
     while not result["seconds"] or (sum(result["seconds"]) < REPEAT_SECONDS and len(result["seconds"]) < MOST_UPDATES):
-        model.zero_grad(set_to_none=False)
-        memory.start()
+        _forget(model, spec)
+        memory.restart()
         synchronize(device)
         begin = time.perf_counter()
         update(model, batch)
         synchronize(device)
         result["seconds"].append(time.perf_counter() - begin)
-        result["peak_bytes"].append(memory.above())
+        result["peak_bytes"].append(memory.above() - gradient_bytes)
         if len(result["seconds"]) == 1:
             result |= _save_gradient(model, Path(spec["gradient"]))
+
+
+def _forget(model: nn.Module, spec: dict[str, Any]) -> None:
+    """Drop what an update left behind: the gradients and the package's workspace."""
+    model.zero_grad(set_to_none=True)
+    bk.set_workspace_bytes(spec["workspace"])
 
 
 def _model(spec: dict[str, Any], dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -79,14 +97,6 @@ def _model(spec: dict[str, Any], dtype: torch.dtype, device: torch.device) -> nn
     if getattr(model.config, "is_causal", True) is False:
         make_bidirectional(model)
     return model.to(device).eval()
-
-
-def _warm_up(model: nn.Module, device: torch.device) -> None:
-    """One forward and backward through the body: thread pools and library code are then in memory for every method."""
-    body = getattr(model, "base_model", model)
-    hidden = body(input_ids=torch.zeros(1, 8, dtype=torch.long, device=device))[0]
-    hidden.float().square().sum().backward()
-    model.zero_grad(set_to_none=False)
 
 
 def _batch(spec: dict[str, Any], device: torch.device) -> Batch:
@@ -105,5 +115,29 @@ def _save_gradient(model: nn.Module, path: Path) -> dict[str, Any]:
     return {"gradient_entries": total, "gradient_compared": path.stat().st_size // 4}
 
 
+def serve() -> None:
+    """Fork a process for every spec named on stdin and print how it ended."""
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            os._exit(_forked(line.strip()))
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _forked(spec_path: str) -> int:
+    """The exit status of one point; what it prints on stderr goes to a file beside its spec."""
+    with open(f"{spec_path}.stderr", "w") as errors:
+        os.dup2(errors.fileno(), 2)
+    try:
+        main(spec_path)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stderr.flush()
+    return 0
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1]) if len(sys.argv) > 1 else serve()

@@ -72,7 +72,7 @@ def print_report(points: Sequence[Point], tokens: Tokens, options: Options, cons
     """Print the table and the findings."""
     console.print(_table(points, tokens))
     for line in summary(points, options):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _table(points: Sequence[Point], tokens: Tokens) -> Table:

@@ -6,6 +6,7 @@ A method that ran out of memory is not tried at a larger n_mc: no method needs l
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -40,10 +41,11 @@ class Point:
     n_mc: int
     status: str
     message: str = ""
-    baseline_bytes: int = 0  # process or device memory with the model and its gradients, before the first update
+    baseline_bytes: int = 0  # process or device memory with the model alone
+    gradient_bytes: int = 0
     instrument: str = ""
-    peak_bytes: list[int] = field(default_factory=list)  # above the baseline, per update
-    seconds: list[float] = field(default_factory=list)  # per update; the first includes first-use costs
+    peak_bytes: list[int] = field(default_factory=list)  # above baseline and gradients, per update
+    seconds: list[float] = field(default_factory=list)  # per update
     gradient_entries: int = 0
     gradient_compared: int = 0
     reference: str = ""  # the method whose gradient this one is compared with
@@ -58,8 +60,8 @@ class Point:
 
     @property
     def seconds_per_update(self) -> float:
-        """Median seconds of an update, the first left out where there are more."""
-        return median(self.seconds[1:] or self.seconds)
+        """Median seconds of an update."""
+        return median(self.seconds)
 
     def record(self) -> dict[str, Any]:
         """Everything about the point, for JSON."""
@@ -75,27 +77,26 @@ def sweep(options: Options, tokens: Tokens, workdir: Path, report: Callable[[Poi
     tokens.save(workdir / "tokens.npz")
     points: list[Point] = []
     exhausted: set[str] = set()
-    for n_mc in options.n_mc:
-        row = []
-        for method in options.methods:
-            if method in exhausted:
-                point = Point(method, n_mc, SKIPPED, "a smaller n_mc ran out of memory")
-            else:
-                point = run_point(options, tokens, method, n_mc, workdir)
-            if point.status == OUT_OF_MEMORY:
-                exhausted.add(method)
-            row.append(point)
-            report(point)
-        compare_gradients(row, workdir)
-        points += row
+    with Launcher(options.device) as launcher:
+        for n_mc in options.n_mc:
+            row = []
+            for method in options.methods:
+                if method in exhausted:
+                    point = Point(method, n_mc, SKIPPED, "a smaller n_mc ran out of memory")
+                else:
+                    point = run_point(launcher, _spec(options, tokens, method, n_mc, workdir), workdir)
+                if point.status == OUT_OF_MEMORY:
+                    exhausted.add(method)
+                row.append(point)
+                report(point)
+            compare_gradients(row, workdir)
+            points += row
     return points
 
 
-def run_point(options: Options, tokens: Tokens, method: str, n_mc: int, workdir: Path) -> Point:
-    """Run one point in a fresh process and read its result."""
-    result = workdir / "result.json"
-    result.unlink(missing_ok=True)
-    spec = {
+def _spec(options: Options, tokens: Tokens, method: str, n_mc: int, workdir: Path) -> dict[str, Any]:
+    """Everything a measuring process needs to know."""
+    return {
         "method": method,
         "n_mc": n_mc,
         "seed": options.seed,
@@ -105,23 +106,66 @@ def run_point(options: Options, tokens: Tokens, method: str, n_mc: int, workdir:
         "dtype": options.dtype,
         "device": options.device,
         "memory_budget": options.memory_budget,
+        "workspace": options.workspace,
         "mask_token_id": tokens.mask_token_id,
         "tokens": str(workdir / "tokens.npz"),
         "gradient": str(_gradient_file(workdir, method)),
-        "result": str(result),
+        "result": str(workdir / "result.json"),
     }
+
+
+class Launcher:
+    """Runs points, each in a process of its own: forked from a server on a CPU, started from nothing for CUDA."""
+
+    command = (sys.executable, "-m", "_memory_vs_mc.point")
+
+    def __init__(self, device: str) -> None:
+        self._forks = device == "cpu" and hasattr(os, "fork")
+        self._server: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Launcher:
+        if self._forks:
+            self._server = subprocess.Popen(
+                self.command, env=child_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._server is not None:
+            self._server.communicate()  # closes its stdin, which ends it
+
+    def run(self, spec_path: Path) -> tuple[int, str]:
+        """Exit status (negative: the signal) and stderr of the process that ran the point."""
+        if self._server is None or self._server.stdin is None or self._server.stdout is None:
+            done = subprocess.run(
+                [*self.command, str(spec_path)], env=child_environment(), capture_output=True, text=True, check=False
+            )
+            return done.returncode, done.stderr
+        try:
+            self._server.stdin.write(f"{spec_path}\n")
+            self._server.stdin.flush()
+        except BrokenPipeError:
+            pass  # the answer below is then empty, too
+        answer = self._server.stdout.readline()
+        if not answer:
+            raise PointFailed("the measuring process could not start; its error stands above")
+        return int(answer), Path(f"{spec_path}.stderr").read_text()
+
+
+def run_point(launcher: Launcher, spec: dict[str, Any], workdir: Path) -> Point:
+    """Run one point in a fresh process and read its result."""
+    method, n_mc, result = spec["method"], spec["n_mc"], Path(spec["result"])
+    result.unlink(missing_ok=True)
     spec_path = workdir / "spec.json"
     spec_path.write_text(json.dumps(spec))
-    command = [sys.executable, "-m", "_memory_vs_mc.point", str(spec_path)]
-    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=False)
-    if done.returncode == 0 and result.exists():
+    status, stderr = launcher.run(spec_path)
+    if status == 0 and result.exists():
         return Point(method, n_mc, **json.loads(result.read_text()))
-    if done.returncode == -signal.SIGKILL:
+    if status == -signal.SIGKILL:
         return Point(method, n_mc, OUT_OF_MEMORY, "killed by the system, as it does when memory runs out")
-    if any(sign in done.stderr for sign in _ALLOCATION_FAILED):
+    if any(sign in stderr for sign in _ALLOCATION_FAILED):
         return Point(method, n_mc, OUT_OF_MEMORY, "a library failed to allocate")
-    reason = done.stderr.strip() or f"exit status {done.returncode}"
-    raise PointFailed(f"{METHODS[method].title} at n_mc = {n_mc} failed:\n{reason}")
+    raise PointFailed(f"{METHODS[method].title} at n_mc = {n_mc} failed:\n{stderr.strip() or f'exit status {status}'}")
 
 
 def _gradient_file(workdir: Path, method: str) -> Path:

@@ -44,7 +44,7 @@ def _width(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: in
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": _LLADA | _width(hidden=16, layers=2, heads=2, kv_heads=2, intermediate=32),  # for tests
-    "small": _LLADA | _width(hidden=64, layers=4, heads=4, kv_heads=4, intermediate=192),  # for two CPU cores
+    "small": _LLADA | _width(hidden=128, layers=4, heads=4, kv_heads=4, intermediate=384),  # for two CPU cores
     "llada-8b": _LLADA | _width(hidden=4096, layers=32, heads=32, kv_heads=32, intermediate=12288),
     "dream-7b": _DREAM_TOKENS
     | _width(hidden=3584, layers=28, heads=28, kv_heads=4, intermediate=18944)
