@@ -13,10 +13,9 @@ importing the package needs no compiler, driver or Triton.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import os
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -25,7 +24,7 @@ BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 _MODULES = {"reference": "reference", "cpu": "cpu", "triton": "triton_kernels", "cuda": "cuda"}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compiled(name: str) -> str | None:
     """None when ``bgpo_kernels.<name>`` imports, else the reason."""
     try:
@@ -37,11 +36,15 @@ def _compiled(name: str) -> str | None:
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    version = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        missing = importlib.util.find_spec("triton") is None
+        return "Triton is not installed" if missing else f"Triton does not import: {error}"
+    # The module's own version: distributions of it go by several names (triton, pytorch-triton, ...).
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     return None if version >= (3, 2) else f"Triton {version[0]}.{version[1]} is older than 3.2"
 
 
@@ -86,7 +89,7 @@ def resolve(backend: str, device: torch.device) -> str:
     return backend
 
 
-@lru_cache(maxsize=None)
+@cache
 def engine(package: str, backend: str) -> ModuleType:
     """Module of an op's package ("masks", "head", "bound") that implements it for a resolved backend."""
     return importlib.import_module(f"bgpo_kernels.{package}.{_MODULES[backend]}")

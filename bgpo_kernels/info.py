@@ -141,7 +141,7 @@ def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _cuda_text(cuda: dict[str, Any]) -> str:
     if not cuda["built"]:
-        return f"none: {cuda['reason']}"
+        return f"none: {cuda['reason']} (the log of `pip install -v .` says why)"
     toolkit = cuda["toolkit"]
     version = "" if toolkit is None else f" by CUDA {toolkit // 1000}.{toolkit % 1000 // 10}"
     return f"built for {cuda['archs'] or 'unknown architectures'}{version}"

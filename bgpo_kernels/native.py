@@ -34,7 +34,7 @@ def stream(tensor: Tensor) -> tuple[int, int]:
 def with_huge_pages(buffer: Tensor) -> Tensor:
     """The same tensor, its memory hinted to be backed by 2 MiB pages when it is large and on the CPU.
 
-    For fresh buffers that are about to be written whole; without the compiled engine, or for small ones, nothing happens.
+    For fresh buffers that are about to be written whole; nothing happens for small ones or without the compiled engine.
     """
     size = buffer.numel() * buffer.element_size()
     if buffer.device.type == "cpu" and size >= HUGE_PAGE_MIN and why_not("cpu", buffer.device) is None:

@@ -56,10 +56,11 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     """An int (bool refused) within [low, high]."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    value = int(value)
     if value < low or (high is not None and value > high):
         limits = f"at least {low}" if high is None else f"in [{low}, {high}]"
         raise ValueError(f"{name} must be {limits}, got {value}")
-    return int(value)
+    return value
 
 
 def number(name: str, value: Any, low: float, *, exclusive: bool = False, high: float = math.inf) -> float:

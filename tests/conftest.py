@@ -32,7 +32,7 @@ def _poisoned(make):
 
 @pytest.fixture(autouse=True)
 def poison_empty(request, monkeypatch):
-    """`torch.empty` and `torch.empty_like` return poison; a test of torch.compile opts out with the `no_poison` mark."""
+    """`torch.empty` and `torch.empty_like` give poison; a test of torch.compile opts out with the `no_poison` mark."""
     if request.node.get_closest_marker("no_poison") is None:
         monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
         monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))

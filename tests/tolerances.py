@@ -2,8 +2,8 @@
 
 E(x) = max |x - r| against an fp64 reference r. A kernel passes when ``E(kernel) <= 2 E(torch) + floor``: at most twice
 the error torch itself makes in the same dtype. The floor is what any correctly rounded result may differ by,
-``2 max |((r + 0.3) - 0.3) - r|`` in the dtype of the result. The mean signed error is bounded too, because a wrong scale
-can hide under a maximum.
+``2 max |((r + 0.3) - 0.3) - r|`` in the dtype of the result. The mean signed error is bounded too, because a wrong
+scale can hide under a maximum.
 """
 
 from __future__ import annotations

@@ -155,9 +155,7 @@ class _Chunk:
     def statistics(self, stats: Tensor, entropy: bool) -> None:
         """Fills the chunk's columns of ``stats`` [4, N]."""
         part = stats[:, self.begin : self.end]
-        self.kernels.row_statistics(
-            self.logits, self.targets, self.head.bias, self.head.transform, part, entropy
-        )
+        self.kernels.row_statistics(self.logits, self.targets, self.head.bias, self.head.transform, part, entropy)
 
     def backward(
         self, stats: Tensor, grad_logprob: Tensor, grad_entropy: Tensor | None, into: Gradients, last: bool

@@ -13,6 +13,7 @@ from ..bound import ops as bound_ops
 
 MAX_ID = 2**31 - 1  # of a token
 
+
 @dataclass(frozen=True, eq=False)
 class MaskDraw:
     """n masked copies of each of B sequences. Segment s = b*n + j is sample j of sequence b.

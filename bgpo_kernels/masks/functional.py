@@ -110,7 +110,10 @@ def draw_unchecked(
     return MaskDraw(noisy, rows, targets, offsets, weight, count, host_offsets, max_id)
 
 
-def _spec(scheme, schedule, n_mc, lo, hi, seed, mask_token_id, probability, lengths, device) -> DrawSpec:
+def _spec(
+    scheme: str, schedule: str | CountSchedule, n_mc: int, lo: int, hi: int, seed: int, mask_token_id: int,
+    probability: float, lengths: list[int], device: torch.device,
+) -> DrawSpec:  # fmt: skip
     threshold = prompt_threshold(probability)
     law = HARMONIC if schedule == "harmonic" else schedule
     if not isinstance(law, CountSchedule):

@@ -38,7 +38,7 @@ class CountSchedule:
         ValueError: at draw time, when the law does not fit a response length or is not a positive distribution.
     """
 
-    law: Sequence[float] | Callable[[int], Sequence[float]]
+    law: Sequence[float] | Callable[[int], Sequence[float] | Tensor]
     name: str = "custom"
 
     def __post_init__(self) -> None:
