@@ -11,13 +11,14 @@ lexicographic order, with key = its 64-bit selection word (complemented for the 
 applies it, and neither needs to see the other's tokens.
 
 **Keys are recomputed, never stored.** Keys are uniform, so interpolating for the boundary and stopping as soon as the
-count is exactly l takes about 3.5 passes at L = 64 and 5.5 at L = 32768 (bisecting all bits would take 64). At 60
-integer instructions a key, a pass costs less than holding 64-bit keys would: L = 32768 of them are 256 KiB, a whole
-register file, and L = 1024 would already halve the occupancy. Every fourth pass halves the interval, so the search ends
-even where keys tie; a tie at the boundary is then filled in position order, and exactly l tokens are always masked.
+count is exactly l takes about 3.5 passes at L = 64 and 5.5 at L = 32768 (simulated; bisecting all bits takes 64). So few
+passes make recomputation, at some 60 integer instructions a key, the simple choice: one code path serves every L without
+shared memory, where holding 64-bit keys would fill a whole register file (256 KiB) at L = 32768. Every fourth pass
+halves the interval, so the search ends even where keys tie; a tie at the boundary is then filled in position order, and
+exactly l tokens are always masked.
 
-Bytes: 12 B T read and 8 B m T written per sample batch (noisy ids), 20 per sample for the boundary; everything is
-integer arithmetic except the weights, which are formed in fp64 and rounded once to fp32. Nothing waits for the device.
+Bytes per token and sample: 12 read (13 with a prompt mask) and 8 written; 20 per sample for the boundary. Everything is
+integer arithmetic except the weights, formed in fp64 and rounded once to fp32. Nothing waits for the device.
 """
 
 from __future__ import annotations
