@@ -11,8 +11,8 @@ lexicographic order, with key = its 64-bit selection word (complemented for the 
 applies it, and neither needs to see the other's tokens.
 
 **Keys are recomputed, never stored.** Keys are uniform, so interpolating for the boundary and stopping as soon as the
-count is exactly l takes about 3.5 passes at L = 64 and 5.5 at L = 32768 (simulated; bisecting all bits takes 64). So few
-passes make recomputation, at some 60 integer instructions a key, the simple choice: one code path serves every L without
+count is exactly l takes about 3.5 passes at L = 64 and 5.5 at L = 32768 (simulated; bisecting all bits takes 64). So
+few make recomputation, at some 60 integer instructions a key, the simple choice: one code path serves every L without
 shared memory, where holding 64-bit keys would fill a whole register file (256 KiB) at L = 32768. Every fourth pass
 halves the interval, so the search ends even where keys tie; a tie at the boundary is then filled in position order, and
 exactly l tokens are always masked.
