@@ -1,7 +1,7 @@
 """Mask stream, version 1, in Triton: three integer kernels, bit-equal to ``reference``.
 
 **Every scheme is one comparison.** A token is masked iff ``(key, position) < (boundary_key, boundary_position)`` in
-lexicographic order, with key = its 64-bit selection word (complemented for the second sample of a coupled pair):
+lexicographic order, key being its 64-bit selection word (for the second sample of a coupled pair: iff not):
 
     exact, coupled   boundary_key: a value that exactly l keys do not exceed; position decides only among equal keys
     bernoulli        (q << 32) - 1, since w0 < q  <=>  key <= (q << 32) - 1; q = 2^32 wraps to the largest key
