@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from _measure import MIB, readable
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from _memory_vs_mc.methods import METHODS
 from _memory_vs_mc.options import Options
@@ -33,14 +33,18 @@ def draw(points: Sequence[Point], options: Options, subtitle: str, path: Path) -
     _panel(memory, points, lambda point: point.peak / MIB)
     _panel(time, points, lambda point: point.seconds_per_update)
     memory.set_title("Peak memory above the model and its gradients", loc="left", fontsize=11, color=INK)
-    memory.yaxis.set_major_formatter(FuncFormatter(lambda size, _: readable(size * MIB)))
     time.set_title("Time per policy update", loc="left", fontsize=11, color=INK)
-    time.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:g} s"))
     if options.memory_budget is not None:
         _budget(memory, points, options.memory_budget)
     for axes in (memory, time):
         _axis(axes, options.n_mc)
-        _label_ends(axes)
+        _label_ends(axes, max(options.n_mc))
+    memory.set_yscale("log", base=2)
+    memory.yaxis.set_major_formatter(FuncFormatter(lambda mebibytes, _: readable(mebibytes * MIB)))
+    time.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    time.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:g} s"))
+    for axes in (memory, time):
+        axes.yaxis.set_minor_locator(NullLocator())
     figure.suptitle(subtitle, x=0.01, ha="left", fontsize=9, color="#666666")
     figure.tight_layout(rect=(0, 0, 1, 0.99), w_pad=3)
     figure.savefig(path)
@@ -57,10 +61,10 @@ def _panel(axes: Axes, points: Sequence[Point], value: Callable[[Point], float])
 
 def _budget(axes: Axes, points: Sequence[Point], budget: int) -> None:
     """The line that no process could cross, and a cross on it for every point that tried."""
-    baselines = [point.baseline_bytes for point in points if point.status == OK]
-    if not baselines:
+    held = [point.baseline_bytes + point.gradient_bytes for point in points if point.status == OK]
+    if not held:
         return
-    left = (budget - max(baselines)) / MIB
+    left = (budget - max(held)) / MIB
     failed = [point for point in points if point.status == OUT_OF_MEMORY]
     if not failed and left > 4 * axes.get_ylim()[1]:
         return  # far above everything measured: it would only squeeze the lines
@@ -80,7 +84,6 @@ def _axis(axes: Axes, n_mc: Sequence[int]) -> None:
     axes.set_yscale("log", base=10)
     axes.set_xticks(list(n_mc), [str(count) for count in n_mc])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("Monte Carlo samples per sequence, n_mc", color=INK)
     low, high = axes.get_ylim()
     axes.set_ylim(low / 1.3, high * 1.3)
@@ -90,22 +93,18 @@ def _axis(axes: Axes, n_mc: Sequence[int]) -> None:
     axes.tick_params(colors=INK, which="both")
 
 
-def _label_ends(axes: Axes, gap: float = 0.06) -> None:
-    """Name every line right of its last point, names pushed apart so that lines which meet stay readable."""
-    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
-    to_axes = axes.transData + axes.transAxes.inverted()
-    ends = sorted(
-        (to_axes.transform((line.get_xdata()[-1], line.get_ydata()[-1]))[1], i) for i, line in enumerate(lines)
-    )
+def _label_ends(axes: Axes, last: int, gap: float = 0.06) -> None:
+    """Name every line where it ends: at the last n_mc beside the axes, names pushed apart so that lines which meet stay
+    readable; a line that ends earlier, beside its last point.
+    """
     height = -1.0
-    for end, i in ends:
-        height = max(end, height + gap)
-        axes.annotate(
-            lines[i].get_label(),
-            (1.01, height),
-            xycoords="axes fraction",
-            color=lines[i].get_color(),
-            fontsize=9,
-            va="center",
-            annotation_clip=False,
-        )
+    to_axes = axes.transData + axes.transAxes.inverted()
+    lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
+    for line in sorted(lines, key=lambda line: line.get_ydata()[-1]):
+        style = {"color": line.get_color(), "fontsize": 9, "annotation_clip": False}
+        end = (line.get_xdata()[-1], line.get_ydata()[-1])
+        if end[0] < last:
+            axes.annotate(line.get_label(), end, xytext=(-9, 5), textcoords="offset points", ha="right", **style)
+            continue
+        height = max(to_axes.transform(end)[1], height + gap)
+        axes.annotate(line.get_label(), (1.01, height), xycoords="axes fraction", va="center", **style)
