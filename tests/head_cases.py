@@ -182,9 +182,9 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         assert torch.equal(a[name], b[name]), f"{name} differs by {float((a[name] - b[name]).abs().max()):.3e}"
 
 
-def whole(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, size: int = 2) -> Tensor:
-    """Small integers: GEMMs over them are exact in any order and dtype."""
-    return torch.randint(-size, size + 1, shape).to(dtype)
+def whole(x: Tensor) -> Tensor:
+    """As many small integers: GEMMs over them are exact in any order and dtype."""
+    return torch.randint(-2, 3, x.shape).to(x)
 
 
 @contextmanager
@@ -204,3 +204,18 @@ def gemm_flops() -> Iterator[list[int]]:
         patch.setattr(torch, "addmm", counting(torch.addmm, 1))
         patch.setattr(torch.Tensor, "addmm_", counting(torch.Tensor.addmm_, 1))
         yield counted
+
+
+def make_draw(
+    counts: list[list[int]], tokens: int = 12, vocab: int = 67, device: torch.device | str = "cpu"
+) -> bk.MaskDraw:
+    """A draw with exactly these masked-token counts ``[B][n]``, at random places, with random weights."""
+    batch, samples = len(counts), len(counts[0])
+    flat = [count for sequence in counts for count in sequence]
+    rows = [s * tokens + torch.randperm(tokens)[:count].sort().values for s, count in enumerate(flat)]
+    offsets = torch.tensor([0, *flat]).cumsum(0)
+    draw = (
+        torch.zeros(batch, samples, tokens, dtype=torch.int64), torch.cat(rows), torch.randint(0, vocab, (sum(flat),)),
+        offsets, 0.5 + 2 * torch.rand(batch, samples), torch.tensor(counts, dtype=torch.int32),
+    )  # fmt: skip
+    return bk.MaskDraw(*(x.to(device) for x in draw))

@@ -48,6 +48,6 @@ def bound(
     term = advantage * torch.where(
         positive, linear.clamp(max=1.0 + clip_high), ratio.clamp(min=1.0 - clip_low).clamp(max=dual_clip)
     )
-    inside = torch.where(positive, linear <= 1.0 + clip_high, (ratio >= 1.0 - clip_low) & (ratio <= dual_clip))
-    slope = torch.where(inside, advantage * torch.where(positive, torch.ones_like(ratio), ratio) / scale, 0.0)
+    outside = torch.where(positive, linear > 1.0 + clip_high, (ratio < 1.0 - clip_low) | (ratio > dual_clip))
+    slope = torch.where(outside, 0.0, advantage * torch.where(positive, torch.ones_like(ratio), ratio) / scale)
     return term, slope

@@ -79,8 +79,8 @@ def _bound_kernel(
     clipped = tl.where(clipped > ceiling, ceiling, clipped)
     gains = advantage >= 0.0
     term = advantage * tl.where(gains, tl.where(linear > highest, highest, linear), clipped)
-    open_ = tl.where(gains, linear <= highest, (ratio >= floor) & (ratio <= ceiling))
-    slope = tl.where(open_, divide(advantage * tl.where(gains, 1.0, ratio), length), 0.0)
+    outside = tl.where(gains, linear > highest, (ratio < floor) | (ratio > ceiling))  # a NaN is not
+    slope = tl.where(outside, 0.0, divide(advantage * tl.where(gains, 1.0, ratio), length))
     tl.store(terms + index, term, mask=inside)
     tl.store(slopes + index, slope, mask=inside)
 

@@ -197,18 +197,17 @@ def _loss_setup(ctx, inputs, output) -> None:
 
 
 def _loss_backward(ctx, grad_loss, *_unused):
-    if grad_loss is None:
-        return (None,) * 22
-    # Handing back the saved tensors themselves lets autograd adopt them as .grad without a copy of [V, H].
-    unit = grad_loss.device.type == "cpu" and not _is_fake(grad_loss) and float(grad_loss) == 1.0
-    found = [g if unit else g * grad_loss for g in ctx.saved_tensors]
+    # Scaled in place: autograd then adopts them as .grad, and no second [V, H] exists. A graph that is kept for another
+    # backward must keep them as they are, though.
+    found = [g * grad_loss if _graph_is_kept() else g.mul_(grad_loss) for g in ctx.saved_tensors]
     grads = [g if n else None for g, n in zip(found, ctx.needs_input_grad[:3], strict=True)]
     return (*grads, *(None,) * 19)
 
 
-def _is_fake(tensor: Tensor) -> bool:
-    """Whether the tensor has no values to look at (tracing, torch.compile)."""
-    return torch.compiler.is_compiling() or type(tensor) is not Tensor
+def _graph_is_kept() -> bool:
+    """Whether the running backward retains its graph; yes, if this torch cannot tell."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
 
 
 head_loss.register_autograd(_loss_backward, setup_context=_loss_setup)
