@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     console = Console()
     if not console.is_terminal:
-        console = Console(width=110)  # a log file has no width of its own: keep the table in one piece
+        console = Console(width=120)  # a log file has no width of its own: keep the table in one piece
     with tempfile.TemporaryDirectory(prefix="memory_vs_mc-") as directory:
         workdir = Path(directory)
         try:

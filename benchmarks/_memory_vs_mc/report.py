@@ -79,7 +79,7 @@ def _table(points: Sequence[Point], tokens: Tokens) -> Table:
     table = Table(title="One policy update: memory above the model and its gradients, and time", title_justify="left")
     headings = ("n_mc", "method", "peak MiB", "s / update", "MC samples / s", "cosine", "rel. max", "rel. L2")
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for n_mc in sorted({point.n_mc for point in points}):
         for point in (p for p in points if p.n_mc == n_mc):
             table.add_row(str(n_mc), METHODS[point.method].title, *_cells(point, len(tokens.input_ids)))

@@ -122,8 +122,8 @@ class Countdown(Task):
             expression = random_expression(numbers, rng)
         listed = ", ".join(map(str, numbers))
         prompt = (
-            f"Using each of the numbers {listed} exactly once and + - * / with brackets, write an expression "
-            f"that equals {expression.value}. Put it between <answer> and </answer>.\n"
+            f"Reach {expression.value} with the numbers {listed}, each used exactly once, by + - * / and brackets. "
+            "Answer in <answer></answer>.\n"
         )
         key = " ".join(map(str, sorted(numbers))) + f"={expression.value}"
         return Problem(self.name, prompt, key, expression.response)

@@ -89,8 +89,8 @@ class Sudoku(Task):
                 puzzle = blanked
         rows = "\n".join(puzzle[row : row + 4] for row in range(0, 16, 4))
         prompt = (
-            "Solve this 4x4 Sudoku, where 0 is a blank: every row, column and 2x2 box holds 1, 2, 3 and 4. "
-            f"Put the four full rows between <answer> and </answer>.\n{rows}\n"
+            "Solve this 4x4 Sudoku (0 is a blank; rows, columns and 2x2 boxes hold 1 to 4). "
+            f"Answer in <answer></answer>.\n{rows}\n"
         )
         return Problem(self.name, prompt, canonical(puzzle), _response(grid))
 
