@@ -25,7 +25,7 @@ import bgpo_kernels as bk
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy inside Triton's interpreter
 COUNTS = [[3, 0, 12], [5, 1, 7], [2, 2, 9], [12, 4, 0], [1, 8, 6], [0, 0, 3]]
-FEW = [[3, 0, 2], [1, 1, 2], [2, 0, 1], [2, 1, 0], [1, 2, 0], [0, 0, 1]]  # for the interpreter
+FEW = [[3, 0, 2], [1, 1, 2], [2, 1, 1], [2, 1, 0], [1, 2, 0], [0, 0, 1]]  # for the interpreter
 BOUNDS: dict[str, dict[str, object]] = {
     "on-policy": {},
     "on-policy-length": {"length": True, "clip_range": 0.2, "dual_clip": 3.0, "normalizer": 17},

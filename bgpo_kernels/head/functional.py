@@ -166,7 +166,7 @@ def _check_head(
         check.shape("bias", bias, (weight.shape[0],), " (as the rows of weight)")
         check.same_device("bias", bias, "hidden", hidden)
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         if hidden.dtype != torch.float64:
             hidden = hidden.to(torch.get_autocast_dtype(device))
     elif hidden.dtype != weight.dtype:

@@ -197,9 +197,12 @@ def _loss_setup(ctx, inputs, output) -> None:
 
 
 def _loss_backward(ctx, grad_loss, *_unused):
+    if grad_loss is None:  # only the outputs without gradients were used
+        return (None,) * 22
     # Scaled in place: autograd then adopts them as .grad, and no second [V, H] exists. A graph that is kept for another
     # backward must keep them as they are, though.
-    found = [g * grad_loss if _graph_is_kept() else g.mul_(grad_loss) for g in ctx.saved_tensors]
+    in_place = type(grad_loss) is Tensor and not torch.compiler.is_compiling() and not _graph_is_kept()
+    found = [g.mul_(grad_loss) if in_place else g * grad_loss for g in ctx.saved_tensors]
     grads = [g if n else None for g, n in zip(found, ctx.needs_input_grad[:3], strict=True)]
     return (*grads, *(None,) * 19)
 
