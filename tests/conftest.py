@@ -15,6 +15,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+with torch.device("cpu"):  # torch notes which functions make tensors at the first use, which must see the true `empty`
+    torch.empty(0)
+
 POISON = {torch.int64: -(2**62), torch.int32: -(2**30), torch.uint8: 0xA5}
 
 

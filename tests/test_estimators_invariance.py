@@ -98,6 +98,31 @@ def test_micro_batches_see_the_masks_of_the_whole_draw() -> None:
         assert torch.equal(torch.cat(seen), draw.noisy_ids.flatten(0, 1))
 
 
+def test_two_runs_are_equal_to_the_bit() -> None:
+    model, batch = llada(), make_batch(5)
+    old = estimates(perturbed(model), batch)
+    (first, expected), (second, found) = (step(model, batch, old_logprob=old) for _ in range(2))
+    assert torch.equal(first.loss, second.loss)
+    assert_bitwise(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
+    """Loaders of 16-bit checkpoints leave it changed; a length of 257 would not survive bf16."""
+    model, batch = llada(), make_batch(3, tokens=260)
+    assert batch.length[0] == 257
+    old = estimates(model, batch)
+    perturbed(model, 0.002)
+    plain, expected = step(model, batch, old_logprob=old)
+    torch.set_default_dtype(dtype)
+    try:
+        other, found = step(model, batch, old_logprob=old)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(other.loss, plain.loss) and torch.equal(other.logprob, plain.logprob)
+    assert_bitwise(found, expected)
+
+
 # ------------------------------------------------------------------------------------------------ padding and order
 
 

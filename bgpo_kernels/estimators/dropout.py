@@ -20,7 +20,7 @@ class DropoutSeeds:
     def __init__(self, model: nn.Module) -> None:
         self._modes = [(module, module.training) for module in model.modules()]
         self._active = any(training for _, training in self._modes)
-        self._base = int(torch.randint(2**31, ())) if self._active else 0
+        self._base = int(torch.randint(2**31, (), device="cpu")) if self._active else 0
         self._devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
         self.drawn = False  #: whether the model did use random numbers, so that micro-batches have to be repeated as is
 

@@ -72,7 +72,7 @@ class Problem:
 
     def lengths(self) -> Tensor:
         """Response lengths ``[B] fp32``."""
-        return torch.tensor([float(s.length) for s in self.sequences], device=self.device)
+        return torch.tensor([s.length for s in self.sequences], dtype=torch.float32, device=self.device)
 
 
 def prepare(

@@ -136,4 +136,4 @@ def backward_all(
         if roots:
             carry_on(roots)
 
-    batches.run([b for b, row in enumerate(wanted) if any(row)], body, restart, pinned=seeds.drawn)
+    batches.run(list(range(len(wanted))), body, restart, pinned=seeds.drawn)
