@@ -162,9 +162,10 @@ def test_bound_never_exceeds_the_objective(n: int) -> None:
     """100,000 random (d, A), including d < -1 where the exp(log(1 + d)) of public code is NaN; slack 4 ulp of fp64."""
     batch = 100_000 // 4
     g = torch.Generator().manual_seed(n)
-    d = torch.randn(batch, n, dtype=torch.float64, generator=g) * torch.tensor([0.01, 0.3, 2.0, 8.0])[
-        torch.randint(0, 4, (batch, 1), generator=g)
-    ]
+    d = (
+        torch.randn(batch, n, dtype=torch.float64, generator=g)
+        * torch.tensor([0.01, 0.3, 2.0, 8.0])[torch.randint(0, 4, (batch, 1), generator=g)]
+    )
     assert bool((d < -1).any())
     a = torch.randn(batch, generator=g)
     term, _ = engine("bound", "cpu").bound(d, a, torch.zeros_like(d), None, INF, INF, INF)
