@@ -1,7 +1,9 @@
-"""Two roundings that Triton does not give by default, for the kernels that need them."""
+"""Roundings that Triton does not give by default, and numbers as arguments that it does not round."""
 
 # mypy: allow-untyped-defs
 from __future__ import annotations
+
+import struct
 
 import triton
 import triton.language as tl
@@ -25,3 +27,18 @@ def narrow(x, dtype: tl.constexpr):
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), float("nan"))
     return x.to(dtype)
+
+
+def bits(x: float) -> int:
+    """The double x as an integer argument of a kernel, for ``number``: Triton would round a float argument to fp32.
+
+    Name the argument in ``do_not_specialize``, so that no value compiles anew. Where x may be 0, annotate it
+    ``tl.int64`` too: the pattern 0 alone fits 32 bits, and Triton takes an integer's type from its value.
+    """
+    return struct.unpack("<q", struct.pack("<d", x))[0]
+
+
+@triton.jit
+def number(pattern, dtype: tl.constexpr):
+    """The double whose ``bits`` a kernel was given, rounded once to dtype."""
+    return pattern.to(tl.int64).to(tl.float64, bitcast=True).to(dtype)

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from bgpo_kernels._triton_math import narrow
+from bgpo_kernels._triton_math import bits, narrow, number
 from bgpo_kernels.head import reference, triton_kernels
 from bgpo_kernels.head.options import LogitTransform
 
@@ -374,6 +374,21 @@ def test_narrow_rounds_to_nearest_even(dtype: torch.dtype) -> None:
     assert torch.equal(out.isnan(), want.isnan())
     kept = ~want.isnan()
     assert torch.equal(out[kept], want[kept]) and torch.equal(out[kept].signbit(), want[kept].signbit())
+
+
+@triton.jit(do_not_specialize=("x",))
+def _number_kernel(x: tl.int64, out):
+    tl.store(out, number(x, out.dtype.element_ty))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("x", [0.0, -0.0, 1.0, 0.7, -1.5, 1 / 3, 1e-40, 1e300, math.inf, -math.inf, math.nan])
+def test_numbers_reach_a_kernel_rounded_once(x: float, dtype: torch.dtype) -> None:
+    out = torch.zeros(1, dtype=dtype, device=DEVICE)
+    _number_kernel[(1,)](bits(x), out)
+    want = torch.tensor([x], dtype=torch.float64, device=DEVICE).to(dtype)
+    torch.testing.assert_close(out, want, rtol=0, atol=0, equal_nan=True)
+    assert math.isnan(x) or torch.equal(out.signbit(), want.signbit())
 
 
 @triton.jit

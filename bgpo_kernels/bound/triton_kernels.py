@@ -4,8 +4,9 @@
 one fixed tree, so a segment's bits depend on nothing but its own values. Rounded once, after the weight.
 
 ``bound``: element-wise over B*n samples, in the dtype of ``logprob``. Clips are applied with ``where``, not minimum and
-maximum, which in Triton drop a NaN: a NaN log-probability must reach the loss. They are compile-time constants, as
-Triton would round run-time floats to fp32 under an fp64 log-probability.
+maximum, which in Triton drop a NaN: a NaN log-probability must reach the loss. Their limits are arguments, so that a
+trainer which anneals them compiles nothing, and travel as bit patterns: Triton would round floats to fp32 under an fp64
+log-probability. A clip that is off is infinite.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton_math import divide
+from .._triton_math import bits, divide, number
 
 SEGMENT_BLOCK = 256  # values per pass: 2 per thread of 4 warps, as a segment holds a few hundred
 BOUND_BLOCK = 256  # samples per program
@@ -41,7 +42,7 @@ def _segment_sum_kernel(
     tl.store(sums + segment, weighted.to(sums.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("highest", "floor", "ceiling"))
 def _bound_kernel(
     logprob,  # [B, n]
     advantages,  # [B]
@@ -51,9 +52,9 @@ def _bound_kernel(
     slopes,  # [B, n] out
     size,
     samples,
-    CLIP_LOW: tl.constexpr,
-    CLIP_HIGH: tl.constexpr,
-    DUAL_CLIP: tl.constexpr,
+    highest: tl.int64,  # bits of 1 + clip_high
+    floor: tl.int64,  # bits of 1 - clip_low
+    ceiling: tl.int64,  # bits of dual_clip
     BLOCK: tl.constexpr,
 ):
     DTYPE: tl.constexpr = logprob.dtype.element_ty
@@ -71,9 +72,9 @@ def _bound_kernel(
     d = divide(new - base, length)
     linear = 1.0 + d
     ratio = tl.exp(d.to(tl.float64)).to(DTYPE)  # the fast fp32 exponential loses |d| ulp, and there are few samples
-    highest = tl.full([BLOCK], 1.0 + CLIP_HIGH, DTYPE)
-    floor = tl.full([BLOCK], 1.0 - CLIP_LOW, DTYPE)
-    ceiling = tl.full([BLOCK], DUAL_CLIP, DTYPE)
+    highest = number(highest, DTYPE)
+    floor = number(floor, DTYPE)
+    ceiling = number(ceiling, DTYPE)
 
     clipped = tl.where(ratio < floor, floor, ratio)
     clipped = tl.where(clipped > ceiling, ceiling, clipped)
@@ -119,7 +120,7 @@ def bound(
             _bound_kernel[(triton.cdiv(logprob.numel(), BOUND_BLOCK),)](
                 logprob.contiguous(), advantages.contiguous(), None if old is None else old.contiguous(),
                 None if length is None else length.contiguous(), term, slope, logprob.numel(), logprob.shape[1],
-                CLIP_LOW=float(clip_low), CLIP_HIGH=float(clip_high), DUAL_CLIP=float(dual_clip),
+                bits(1.0 + clip_high), bits(1.0 - clip_low), bits(dual_clip),
                 BLOCK=BOUND_BLOCK, enable_fp_fusion=False,
             )  # fmt: skip
     return term, slope

@@ -17,8 +17,9 @@ Its own program has loaded that block before, but *another warp* of it may lag: 
 load and store, warps drift apart and one overwrites logits that a sibling has yet to read (block 0 over itself, but
 also block 2 over block 1). Equal widths need none: a block only overwrites itself, and Triton orders that exchange.
 
-Options are compile-time constants, as fp64 kernels would otherwise see them rounded to fp32. Contraction to fused
-multiply-adds is off, so that the target's logit has the same bits alone as it has in the sweep.
+**Options.** Which of scale, softcap and temperature there are is compiled in; their values are arguments, so annealing
+one compiles nothing. They travel as bit patterns of doubles (``bits``), rounded once to the accumulation dtype.
+Contraction to fused multiply-adds is off, so that the target's logit has the same bits alone as it has in the sweep.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton_math import divide, narrow
+from .._triton_math import bits, divide, narrow, number
 from .options import LogitTransform
 from .reference import alias_as
+
+NUMBERS = ("scale", "softcap", "temperature", "chain")  # arguments that hold `bits`
 
 
 @dataclass(frozen=True)
@@ -71,15 +74,20 @@ def _tanh(u):
 
 
 @triton.jit
-def _transform(raw, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr):
-    """z and d z / d raw (a scalar 1 where it is the constant SCALE / TEMPERATURE)."""
-    a = raw if SCALE == 1.0 else raw * SCALE
+def _transform(raw, scale, softcap, temperature):
+    """z, and d z / d raw over the constant scale / temperature (a scalar 1 where that is all)."""
+    a = raw
     slope = 1.0
-    if SOFTCAP != 0.0:
-        t = _tanh(divide(a, tl.full(a.shape, SOFTCAP, a.dtype)))
-        a = t * SOFTCAP
+    if scale is not None:
+        a = a * number(scale, a.dtype)
+    if softcap is not None:
+        cap = number(softcap, a.dtype)
+        t = _tanh(divide(a, tl.full(a.shape, cap, a.dtype)))
+        a = t * cap
         slope = 1.0 - t * t
-    return a if TEMPERATURE == 1.0 else divide(a, tl.full(a.shape, TEMPERATURE, a.dtype)), slope
+    if temperature is not None:
+        a = divide(a, tl.full(a.shape, number(temperature, a.dtype), a.dtype))
+    return a, slope
 
 
 @triton.jit
@@ -105,7 +113,7 @@ def _absorb(z, top, total, moment, ENTROPY: tl.constexpr):
     return tl.maximum(top, z), total, moment
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _statistics_kernel(
     logits,  # [C, V]
     stride,
@@ -113,10 +121,10 @@ def _statistics_kernel(
     bias,  # [V] or None
     stats,  # [4, C] out
     stats_stride,
+    scale,  # bits or None, as softcap and temperature
+    softcap,
+    temperature,
     V: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
     ENTROPY: tl.constexpr,
     LOWEST: tl.constexpr,  # lowest finite number of the statistics' dtype
     ALIGN: tl.constexpr,
@@ -131,10 +139,10 @@ def _statistics_kernel(
     total = tl.zeros([BLOCK], ACC)
     moment = tl.zeros([BLOCK], ACC)
     for start in range(0, FULL, BLOCK):
-        z, _ = _transform(_raw_block(logits, bias, start + lane, V, False, ACC), SCALE, SOFTCAP, TEMPERATURE)
+        z, _ = _transform(_raw_block(logits, bias, start + lane, V, False, ACC), scale, softcap, temperature)
         top, total, moment = _absorb(z, top, total, moment, ENTROPY)
     if FULL < V:
-        z, _ = _transform(_raw_block(logits, bias, FULL + lane, V, True, ACC), SCALE, SOFTCAP, TEMPERATURE)
+        z, _ = _transform(_raw_block(logits, bias, FULL + lane, V, True, ACC), scale, softcap, temperature)
         z = tl.where(FULL + lane < V, z, float("-inf"))
         top, total, moment = _absorb(z, top, total, moment, ENTROPY)
 
@@ -143,7 +151,7 @@ def _statistics_kernel(
     sum_e = tl.sum(total * e, 0)
     log_sum = tl.log(sum_e)
     target, _ = _transform(
-        _raw_block(logits, bias, tl.load(targets + row) + tl.arange(0, 1), V, False, ACC), SCALE, SOFTCAP, TEMPERATURE
+        _raw_block(logits, bias, tl.load(targets + row) + tl.arange(0, 1), V, False, ACC), scale, softcap, temperature
     )
     stats += row
     tl.store(stats, best)
@@ -156,21 +164,22 @@ def _statistics_kernel(
 
 @triton.jit
 def _gradient_block(
-    logits, bias, out, column, target, best, log_sum, inverse_sum, entropy, g, h,
-    V: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr,
-    ENTROPY: tl.constexpr, TAIL: tl.constexpr,
+    logits, bias, out, column, target, best, log_sum, inverse_sum, entropy, g, h, scale, softcap, temperature, chain,
+    V: tl.constexpr, ENTROPY: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Load one block of logits, store its gradient."""
     ACC: tl.constexpr = best.dtype
     OUT: tl.constexpr = out.dtype.element_ty
     NARROWS: tl.constexpr = out.dtype.element_ty.primitive_bitwidth < logits.dtype.element_ty.primitive_bitwidth
-    z, slope = _transform(_raw_block(logits, bias, column, V, TAIL, ACC), SCALE, SOFTCAP, TEMPERATURE)
+    z, slope = _transform(_raw_block(logits, bias, column, V, TAIL, ACC), scale, softcap, temperature)
     shifted = z - best
     p = tl.exp(shifted) * inverse_sum
     grad = g * tl.where(column == target, 1.0 - p, -p)
     if ENTROPY:
         grad -= h * tl.where(p == 0.0, 0.0, p * (shifted - log_sum + entropy))
-    grad = grad * slope * (SCALE / TEMPERATURE)
+    grad = grad * slope
+    if chain is not None:
+        grad = grad * number(chain, ACC)
     if NARROWS:
         tl.debug_barrier()  # every warp has read this block before any warp stores over an earlier one
     if TAIL:
@@ -179,7 +188,7 @@ def _gradient_block(
         tl.store(out + column, narrow(grad, OUT))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _gradient_kernel(
     logits,  # [C, V]
     stride,
@@ -191,10 +200,11 @@ def _gradient_kernel(
     grad_entropy,  # [C] or None
     out,  # [C, V], the storage of logits
     out_stride,
+    scale,  # bits or None, as softcap, temperature and chain
+    softcap,
+    temperature,
+    chain,  # scale / temperature
     V: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -221,12 +231,12 @@ def _gradient_kernel(
         for start in range(0, FULL, BLOCK):
             _gradient_block(
                 logits, bias, out, start + lane, target, best, log_sum, inverse_sum, entropy, g, h,
-                V, SCALE, SOFTCAP, TEMPERATURE, ENTROPY, False,
+                scale, softcap, temperature, chain, V, ENTROPY, False,
             )  # fmt: skip
         if FULL < V:
             _gradient_block(
                 logits, bias, out, FULL + lane, target, best, log_sum, inverse_sum, entropy, g, h,
-                V, SCALE, SOFTCAP, TEMPERATURE, ENTROPY, True,
+                scale, softcap, temperature, chain, V, ENTROPY, True,
             )  # fmt: skip
     else:  # exact zeros whatever the logits hold, and without reading them
         zero = tl.zeros([BLOCK], out.dtype.element_ty)
@@ -236,19 +246,32 @@ def _gradient_kernel(
             tl.store(out + FULL + lane, zero, mask=FULL + lane < V)
 
 
-def _launch_options(logits: Tensor, transform: LogitTransform) -> dict[str, object]:
+def _launch_options(logits: Tensor) -> dict[str, object]:
     tile = _tile(logits.shape[1], logits.element_size())
     return dict(
         V=logits.shape[1],
-        SCALE=float(transform.scale),
-        SOFTCAP=float(transform.softcap_or_zero),
-        TEMPERATURE=float(transform.temperature),
         # Triton infers alignment only from strides that are multiples of 16 elements; 16 bytes take 2 to 8.
         ALIGN=math.gcd(logits.stride(0), 16),
         BLOCK=tile.block,
         num_warps=tile.warps,
         enable_fp_fusion=False,
     )
+
+
+def _numbers(transform: LogitTransform) -> dict[str, int | None]:
+    """The transform as the kernels' arguments: bits, None where a number would change nothing."""
+    given = dict(
+        scale=None if transform.scale == 1.0 else transform.scale,
+        softcap=transform.softcap_or_zero or None,
+        temperature=None if transform.temperature == 1.0 else transform.temperature,
+    )
+    return {name: None if x is None else bits(x) for name, x in given.items()}
+
+
+def _chain(transform: LogitTransform) -> int | None:
+    """d a / d raw / temperature in double, rounded once on its way to the kernel; None without either option."""
+    plain = transform.scale == transform.temperature == 1.0
+    return None if plain else bits(transform.scale / transform.temperature)
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -270,7 +293,7 @@ def row_statistics(
     with torch.cuda.device_of(logits):
         _statistics_kernel[(logits.shape[0],)](
             logits, logits.stride(0), targets.contiguous(), _dense(bias), stats, stats.stride(0),
-            ENTROPY=entropy, LOWEST=torch.finfo(stats.dtype).min, **_launch_options(logits, transform),
+            **_numbers(transform), ENTROPY=entropy, LOWEST=torch.finfo(stats.dtype).min, **_launch_options(logits),
         )  # fmt: skip
 
 
@@ -293,6 +316,6 @@ def dlogits_(
         _gradient_kernel[(logits.shape[0],)](
             logits, logits.stride(0), targets.contiguous(), _dense(bias), stats, stats.stride(0),
             grad_logprob.contiguous(), _dense(grad_entropy),
-            out, out.stride(0), **_launch_options(logits, transform),
+            out, out.stride(0), **_numbers(transform), chain=_chain(transform), **_launch_options(logits),
         )  # fmt: skip
     return out
