@@ -138,24 +138,41 @@ def synchronize(device: torch.device | str) -> None:
         torch.cuda.synchronize(device)
 
 
-def interleave(variants: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of every variant in every round, all variants once per round, after one untimed round.
+def interleave(
+    variants: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu", sample_seconds: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds a call of every variant in every round, all variants once per round, after one untimed round.
 
     Drift of the machine (clock, neighbours, temperature) then falls on all variants alike. The order alternates from
     round to round, so that no variant always runs in the wake of the same other one.
+
+    A sample is one call, or as many as take about `sample_seconds`: where one variant is much shorter than another, a
+    single call of it would tell how long threads take to wake and caches to fill after the longer one.
     """
-    for run in variants.values():
-        run()
+    calls = {name: _calls_in(run, sample_seconds, device) for name, run in variants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
     for turn in range(rounds):
         for name in names if turn % 2 == 0 else reversed(names):
             synchronize(device)
             begin = time.perf_counter()
-            variants[name]()
+            for _ in range(calls[name]):
+                variants[name]()
             synchronize(device)
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append((time.perf_counter() - begin) / calls[name])
     return seconds
+
+
+def _calls_in(run: Callable[[], Any], seconds: float, device: str) -> int:
+    """How many calls take about that long, at least one; by the second call, the first one warms up."""
+    run()
+    if seconds <= 0.0:
+        return 1
+    synchronize(device)
+    begin = time.perf_counter()
+    run()
+    synchronize(device)
+    return max(1, round(seconds / (time.perf_counter() - begin)))
 
 
 def median_ratio(seconds: Mapping[str, list[float]], ours: str, theirs: str) -> float:

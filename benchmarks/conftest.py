@@ -22,14 +22,21 @@ class Verdict:
     source: str
     name: str
     figure: float
-    relation: str  # "<=" or ">="
-    target: float
+    relation: str | None  # "<=" or ">=", None without a target
+    target: float | None
     samples: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def met(self) -> bool:
-        """Whether the figure meets its target."""
+    def met(self) -> bool | None:
+        """Whether the figure meets its target, None without one."""
+        if self.relation is None:
+            return None
         return {"<=": operator.le, ">=": operator.ge}[self.relation](self.figure, self.target)
+
+    def __str__(self) -> str:
+        if self.relation is None:
+            return f"{self.figure:8.3f}"
+        return f"{self.figure:8.3f}  target {self.relation} {self.target:<6g} {'met' if self.met else 'MISSED'}"
 
 
 _verdicts: list[Verdict] = []
@@ -41,12 +48,19 @@ class Judge:
     def __init__(self, source: str) -> None:
         self.source = source
 
-    def figure(self, name: str, figure: float, relation: str, target: float, samples: Mapping[str, Any]) -> None:
+    def figure(
+        self, name: str, figure: float, relation: str | None, target: float | None, samples: Mapping[str, Any]
+    ) -> None:
         """Judge one figure. A missed target is reported, not raised: timing belongs to the machine it ran on."""
         _verdicts.append(Verdict(self.source, name, figure, relation, target, dict(samples)))
 
     def ratio(
-        self, name: str, seconds: Mapping[str, list[float]], pair: tuple[str, str], relation: str, target: float
+        self,
+        name: str,
+        seconds: Mapping[str, list[float]],
+        pair: tuple[str, str],
+        relation: str | None = None,
+        target: float | None = None,
     ) -> None:
         """Judge the median over rounds of seconds[pair[0]] / seconds[pair[1]]."""
         self.figure(name, median_ratio(seconds, *pair), relation, target, {"seconds": dict(seconds)})
@@ -70,10 +84,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section("figures and targets")
     width = max(len(verdict.name) for verdict in _verdicts)
     for verdict in _verdicts:
-        outcome = "met" if verdict.met else "MISSED"
-        terminalreporter.write_line(
-            f"{verdict.name:<{width}}  {verdict.figure:8.3f}  target {verdict.relation} {verdict.target:<6g} {outcome}"
-        )
+        terminalreporter.write_line(f"{verdict.name:<{width}}  {verdict}")
     if config.getoption("--record"):
         for path in _record():
             terminalreporter.write_line(f"wrote {path}")

@@ -2,13 +2,15 @@
 
 Run by ``test_triton_compile.py`` in a process of its own, where Triton's interpreter is off. The backend functions are
 called on CPU tensors with a driver that says "sm_90" and a launch that stops after compilation, so that signature,
-divisibility hints, options and tiles are those of a real call. One JSON object per line and kernel: its name and case,
-registers, shared bytes, SASS opcodes with their counts, and the order of its memory operations.
+divisibility hints, options and tiles are those of a real call. One JSON object per line and launch: the kernel's name
+and case, a number that launches of one compiled kernel share, registers, shared bytes, SASS opcodes with their counts,
+and the order of its memory operations. Case "x, annealed" is case "x" with every number changed.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -26,11 +28,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from mask_model import make_spec
+
 from bgpo_kernels.bound import triton_kernels as bound
 from bgpo_kernels.head import triton_kernels as head
 from bgpo_kernels.head.options import LogitTransform
 from bgpo_kernels.masks import triton_kernels as masks
-from bgpo_kernels.masks.schedule import HARMONIC, DrawSpec, count_tables
+from bgpo_kernels.masks.schedule import HARMONIC, CountSchedule
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -89,28 +93,26 @@ def mask_cases() -> dict[str, Callable[[], object]]:
     tokens, n_mc = 1024, 4
     ids = torch.zeros(2, tokens, dtype=torch.int64)
     response = ids == 0
-    tables = count_tables(HARMONIC, [tokens, tokens], n_mc)
     laws = {
         "exact": ("exact", "stratified"),
-        "table": ("exact", "table"),
+        "table": ("exact", HARMONIC),
         "bernoulli": ("bernoulli", "stratified"),
         "coupled": ("coupled", "uniform"),
         "full": ("full", "stratified"),
     }
 
-    def select(scheme: str, schedule: str) -> None:
-        spec = DrawSpec(scheme, schedule, n_mc, 0, n_mc, 7, 126336, 1 << 30, *(tables if schedule == "table" else ()))
-        masks.select(ids, response, response, torch.arange(2), spec)
+    def draw(scheme: str, schedule: str | CountSchedule) -> None:
+        spec = make_spec(scheme, schedule, n_mc, [tokens, tokens], prompt_threshold=1 << 30)
+        masks.draw_counts(response, torch.arange(2), spec.counts)
+        offsets = torch.zeros(2 * n_mc + 1, dtype=torch.int64)
+        masks.draw_masks(ids, response, response, torch.arange(2), offsets, 5, spec.masks)
 
-    cases: dict[str, Callable[[], object]] = {name: lambda law=law: select(*law) for name, law in laws.items()}
-    noisy = torch.zeros(2, n_mc, tokens, dtype=torch.int64)
-    offsets = torch.zeros(2 * n_mc + 1, dtype=torch.int64)
-    cases["emit"] = lambda: masks.emit_rows(noisy, ids, response, offsets, 126336, 5)
-    return cases
+    return {name: lambda law=law: draw(*law) for name, law in laws.items()}
 
 
 def head_cases() -> dict[str, Callable[[], object]]:
     every_option = LogitTransform(scale=0.5, softcap=30.0, temperature=0.7)
+    annealed = LogitTransform(scale=-3.0, softcap=5.0, temperature=16.0)
 
     def rows(vocab: int, dtype: torch.dtype, out: torch.dtype, transform: LogitTransform, extras: bool) -> None:
         acc = torch.float64 if dtype == torch.float64 else torch.float32
@@ -133,6 +135,8 @@ def head_cases() -> dict[str, Callable[[], object]]:
         "entropy fp32 to bf16": (126464, f32, bf16, plain, True),
         "all options fp32 to bf16": (126464, f32, bf16, every_option, True),
         "all options fp64": (126464, f64, f64, every_option, True),
+        "all options fp32 to bf16, annealed": (126464, f32, bf16, annealed, True),
+        "all options fp64, annealed": (126464, f64, f64, annealed, True),
     }
     return {name: lambda a=a: rows(*a) for name, a in arguments.items()}
 
@@ -140,13 +144,19 @@ def head_cases() -> dict[str, Callable[[], object]]:
 def bound_cases() -> dict[str, Callable[[], object]]:
     offsets, weight = torch.zeros(33, dtype=torch.int64), torch.ones(32)
 
-    def both(dtype: torch.dtype) -> None:
+    def both(dtype: torch.dtype, clip: tuple[float, float, float], off: tuple[float, float, float]) -> None:
         samples = torch.zeros(8, 16, dtype=dtype)
         bound.segment_sum(torch.zeros(99, dtype=dtype), offsets, weight)
-        bound.bound(samples, weight[:8], samples, weight[:8], 0.2, 0.2, 3.0)
-        bound.bound(samples, weight[:8], None, None, *(float("inf"),) * 3)
+        bound.bound(samples, weight[:8], samples, weight[:8], *clip)
+        bound.bound(samples, weight[:8], None, None, *off)
 
-    return {"fp32": lambda: both(torch.float32), "fp64": lambda: both(torch.float64)}
+    numbers = {"": ((0.2, 0.2, 3.0), (math.inf,) * 3), ", annealed": ((1.0, 0.0, 1.5), (0.3, 16.0, math.inf))}
+    dtypes = {"fp32": torch.float32, "fp64": torch.float64}
+    return {
+        name + when: lambda dtype=dtype, clips=clips: both(dtype, *clips)
+        for name, dtype in dtypes.items()
+        for when, clips in numbers.items()
+    }
 
 
 def main() -> None:
@@ -159,6 +169,7 @@ def main() -> None:
             facts = {
                 "case": name,
                 "kernel": kernel_name,
+                "compiled": id(kernel),  # Triton keeps every compiled kernel for as long as the process runs
                 "registers": registers,
                 "shared": kernel.metadata.shared,
                 "opcodes": Counter(opcodes),

@@ -109,10 +109,16 @@ void counts_group() {
     const CountLaw coupled{kCoupled, kStratified, 8, nullptr, nullptr};
     for (uint32_t j = 0; j < 8; j += 2) {
         const Count even = draw_count(coupled, j, 11, 3, 100), odd = draw_count(coupled, j + 1, 11, 3, 100);
-        CHECK(even.masked + odd.masked == 100 && even.drawn == odd.drawn && odd.complement && !even.complement);
-        CHECK(key_sample(even, j) == j && key_sample(odd, j + 1) == j);
+        CHECK(even.masked + odd.masked == 100);
         CHECK(even.weight == (even.masked ? ratio_weight(101, static_cast<double>(even.masked)) : 0.0f));
+        const Selection first = selection_of(true, j, even.masked, 100), second = selection_of(true, j + 1, odd.masked, 100);
+        CHECK(first.keys_of == j && second.keys_of == j && first.smallest == second.smallest);
+        CHECK(first.smallest == even.masked && !first.others && second.others);
     }
+    const Selection alone = selection_of(false, 3, 40, 100);
+    CHECK(alone.keys_of == 3 && alone.smallest == 40 && !alone.others);
+    const CountLaw bernoulli{kBernoulli, kStratified, 1, nullptr, nullptr};
+    CHECK(draw_bernoulli(bernoulli, 0, 11, 3).last == count_word(0, 11, 3));  // q = r + 1
     CHECK(draw_count({kFull, kUniform, 1, nullptr, nullptr}, 0, 0, 0, 9).weight == 1.0f);
     const float weights[] = {1, 2, 3, 4, 5};
     const Count table = draw_count({kExact, kTable, 4, thresholds.data(), weights}, 1, 11, 3, 5);

@@ -1,19 +1,20 @@
 """Mask stream, version 1, a second time: from its specification, with Python integers and fractions alone.
 
 Slow and independent of the package on purpose: no torch arithmetic, no sharing of code. `sample` says which response
-tokens one Monte Carlo sample masks; `make_batch` builds inputs that tests of the masks have in common.
+tokens one Monte Carlo sample masks; `make_batch`, `make_spec` and `draw_with` are what mask tests have in common.
 """
 
 from __future__ import annotations
 
 import struct
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import bgpo_kernels as bk
+from bgpo_kernels.masks.schedule import CountSpec, DrawSpec, MaskSpec, count_tables
 
 M32 = 2**32 - 1
 KEYS, COUNTS, PROMPT = 0, 1, 2
@@ -145,6 +146,49 @@ def bits_of(drawn: bk.MaskDraw, response_mask: Tensor) -> list[list[int]]:
         masked = (drawn.noisy_ids[b][:, where] == MASK_ID).tolist()
         found.append([sum(1 << p for p, bit in enumerate(row) if bit) for row in masked])
     return found
+
+
+class EngineDraw(NamedTuple):
+    count: Tensor
+    weight: Tensor
+    offsets: Tensor
+    noisy_ids: Tensor
+    rows: Tensor
+    targets: Tensor
+
+
+def draw_with(
+    engine: Any,
+    input_ids: Tensor,
+    response_mask: Tensor,
+    prompt_mask: Tensor | None,
+    sample_ids: Tensor,
+    spec: DrawSpec,
+) -> EngineDraw:
+    """Both steps of a draw by one backend's module, without the checks of `random_mask`."""
+    count, weight, offsets = engine.draw_counts(response_mask, sample_ids, spec.counts)
+    masks = engine.draw_masks(
+        input_ids, response_mask, prompt_mask, sample_ids, offsets, int(offsets[-1]), spec.masks
+    )  # fmt: skip
+    return EngineDraw(count, weight, offsets, *masks)
+
+
+def make_spec(
+    scheme: str,
+    schedule: str | bk.CountSchedule,
+    n_mc: int,
+    lengths: list[int] | None = None,
+    mc_range: tuple[int, int] | None = None,
+    seed: int = 17,
+    prompt_threshold: int = 0,
+) -> DrawSpec:
+    """What `draw_with` takes; a CountSchedule needs the response lengths."""
+    lo, hi = mc_range or (0, n_mc)
+    tables: tuple[Tensor | None, ...] = ()
+    if isinstance(schedule, bk.CountSchedule):
+        tables, schedule = count_tables(schedule, lengths or [], n_mc), "table"
+    counts = CountSpec(scheme, schedule, n_mc, lo, hi, seed, *tables)
+    return DrawSpec(counts, MaskSpec(scheme == "coupled", lo, hi, seed, MASK_ID, prompt_threshold))
 
 
 def assert_same_draw(got: bk.MaskDraw, want: bk.MaskDraw, what: str = "") -> None:

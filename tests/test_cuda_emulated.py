@@ -12,15 +12,15 @@ from types import SimpleNamespace
 import cuda_emulator
 import pytest
 import torch
+from mask_model import MASK_ID, EngineDraw, draw_with, make_spec
 from torch import Tensor
 
 from bgpo_kernels.bound import reference as bound_reference
 from bgpo_kernels.head import reference as head_reference
 from bgpo_kernels.head.options import LogitTransform
 from bgpo_kernels.masks import reference as mask_reference
-from bgpo_kernels.masks.schedule import HARMONIC, DrawSpec, count_tables
+from bgpo_kernels.masks.schedule import HARMONIC, CountSchedule, DrawSpec
 
-MASK_ID = 1000
 ORDERS = ["forward", "backward", "shuffled"]
 # Across a group of 4 or 8, a tile of 256 groups of four (4096 elements) and of 256 of fp64 (2048).
 VOCABULARIES = [1, 3, 4, 8, 9, 1023, 1025, 2048, 4096, 4097, 9001]
@@ -56,57 +56,50 @@ def make_batch(lengths: list[int], tokens: int) -> tuple[Tensor, Tensor]:
 def assert_same_draw(
     cuda: SimpleNamespace, ids: Tensor, response: Tensor, prompt: Tensor | None, sample_ids: Tensor, spec: DrawSpec
 ) -> None:
-    want = mask_reference.select(ids, response, prompt, sample_ids, spec)
-    got = cuda.masks.select(ids, response, prompt, sample_ids, spec)
-    for name, w, g in zip(("noisy_ids", "count", "weight"), want, got, strict=True):
+    want = draw_with(mask_reference, ids, response, prompt, sample_ids, spec)
+    got = draw_with(cuda.masks, ids, response, prompt, sample_ids, spec)
+    for name, w, g in zip(EngineDraw._fields, want, got, strict=True):
         assert w.dtype == g.dtype and torch.equal(w, g), f"{name} of {spec}"
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), want[1].flatten().long().cumsum(0)])
-    arguments = (ids, response, offsets, MASK_ID, int(offsets[-1]))
-    want = mask_reference.emit_rows(got[0], *arguments)
-    got = cuda.masks.emit_rows(got[0], *arguments)
-    for name, w, g in zip(("rows", "targets"), want, got, strict=True):
-        assert torch.equal(w, g), f"{name} of {spec}"
 
 
-@pytest.mark.parametrize("schedule", ["uniform", "stratified", "table"])
+@pytest.mark.parametrize("schedule", ["uniform", "stratified", HARMONIC], ids=lambda s: getattr(s, "name", s))
 @pytest.mark.parametrize("scheme", ["exact", "bernoulli", "coupled", "full"])
 def test_every_law_matches_the_reference(
-    cuda: SimpleNamespace, scheme: str, schedule: str, monkeypatch: pytest.MonkeyPatch
+    cuda: SimpleNamespace, scheme: str, schedule: str | CountSchedule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if schedule == "table" and scheme != "exact":
+    if schedule is HARMONIC and scheme != "exact":
         pytest.skip("count tables belong to the exact scheme")
     lengths = [1, 2, 31, 300]
     ids, response = make_batch(lengths, 301)
     sample_ids = torch.tensor([0, 7, 2**31, 2**32 + 5])
-    tables = count_tables(HARMONIC, lengths, 4) if schedule == "table" else (None, None, None)
     for (lo, hi), which in (((0, 4), "forward"), ((1, 3), "backward")):
         monkeypatch.setenv("CUDA_EMULATOR_ORDER", which)
-        spec = DrawSpec(scheme, schedule, 4, lo, hi, 2**63 + 12345, MASK_ID, 2**31, *tables)
+        spec = make_spec(scheme, schedule, 4, lengths, (lo, hi), 2**63 + 12345, 2**31)
         assert_same_draw(cuda, ids, response, ~response, sample_ids, spec)
 
 
 def test_selection_in_every_thread_order(cuda: SimpleNamespace, order: str) -> None:
     ids, response = make_batch([1000, 1025], 1100)
-    spec = DrawSpec("exact", "stratified", 4, 0, 4, 3, MASK_ID)
+    spec = make_spec("exact", "stratified", 4)
     assert_same_draw(cuda, ids, response, None, torch.tensor([4, 9]), spec)
 
 
 def test_longest_response(cuda: SimpleNamespace) -> None:
     ids, response = make_batch([32768], 32768)
-    assert_same_draw(cuda, ids, response, None, torch.tensor([1]), DrawSpec("exact", "stratified", 4, 1, 2, 3, MASK_ID))
+    assert_same_draw(cuda, ids, response, None, torch.tensor([1]), make_spec("exact", "stratified", 4, mc_range=(1, 2)))
 
 
 def test_strided_inputs(cuda: SimpleNamespace) -> None:
     ids, response = make_batch([30, 50], 60)
     ids, response = ids.T.contiguous().T, response.T.contiguous().T
-    spec = DrawSpec("exact", "uniform", 2, 0, 2, 3, MASK_ID, 2**31)
+    spec = make_spec("exact", "uniform", 2, prompt_threshold=2**31)
     assert_same_draw(cuda, ids, response, ~response, torch.tensor([[4, 0], [9, 0]])[:, 0], spec)
 
 
 def test_prompts_at_probability_one_and_zero(cuda: SimpleNamespace) -> None:
     ids, response = make_batch([5, 6], 40)
     for threshold in (0, 2**32):
-        spec = DrawSpec("exact", "uniform", 2, 0, 2, 3, MASK_ID, threshold)
+        spec = make_spec("exact", "uniform", 2, prompt_threshold=threshold)
         assert_same_draw(cuda, ids, response, ~response, torch.tensor([4, 9]), spec)
 
 

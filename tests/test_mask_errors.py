@@ -135,8 +135,8 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("a kernel ran")
 
-    monkeypatch.setattr(ops, "mask_select", refuse)
-    monkeypatch.setattr(ops, "mask_rows", refuse)
+    monkeypatch.setattr(ops, "mask_counts", refuse)
+    monkeypatch.setattr(ops, "mask_draw", refuse)
 
 
 @pytest.mark.parametrize(("changes", "parts"), WRONG_TYPES, ids=case_name)

@@ -20,7 +20,9 @@ from mask_model import (
     assert_same_draw,
     bits_of,
     draw,
+    draw_with,
     make_batch,
+    make_spec,
     philox,
     sample,
     words,
@@ -31,8 +33,8 @@ import bgpo_kernels as bk
 from bgpo_kernels import _cpu
 from bgpo_kernels.backends import engine as engine_of
 from bgpo_kernels.backends import why_not
-from bgpo_kernels.masks import reference
-from bgpo_kernels.masks.schedule import DrawSpec
+from bgpo_kernels.masks import cpu, reference
+from bgpo_kernels.masks.schedule import CountSpec
 
 # (counter, key) -> words: Random123's known-answer tests; the last one's word 3 is the 10,000th output of C++26's
 # std::philox4x32, whose counter is then (2499, 0, 0, 0).
@@ -157,17 +159,18 @@ def test_short_responses_follow_the_specification(law: str, length: int) -> None
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_thresholds_belong_to_the_upper_side(backend: str) -> None:
     """A count needs a cumulative probability *above* its word, a prompt token a word *below* its threshold."""
-    select = engine_of("masks", backend).select
+    engine = engine_of("masks", backend)
     ids, response, sample_ids = torch.zeros(1, 4, dtype=torch.int64), torch.arange(4)[None] < 2, torch.tensor([9])
     word = (1 << 32) + words(0, 1, 9, COUNTS, 7)[0]
     for threshold, count in ((word, 2), (word + 1, 1)):
         tables = torch.tensor([threshold, 2 << 32]), torch.ones(2), torch.tensor([0])
-        spec = DrawSpec("exact", "table", 2, 1, 2, 7, MASK_ID, 0, *tables)
-        assert select(ids, response, None, sample_ids, spec)[1].item() == count
+        spec = CountSpec("exact", "table", 2, 1, 2, 7, *tables)
+        assert engine.draw_counts(response, sample_ids, spec)[0].item() == count
     word = words(3, 1, 9, PROMPT, 7)[0]
     for threshold, masked in ((word, False), (word + 1, True)):
-        spec = DrawSpec("exact", "uniform", 2, 1, 2, 7, MASK_ID, threshold)
-        assert (select(ids, response, ~response, sample_ids, spec)[0][0, 0, 3] == MASK_ID).item() == masked
+        spec = make_spec("exact", "uniform", 2, mc_range=(1, 2), seed=7, prompt_threshold=threshold)
+        noisy = draw_with(engine, ids, response, ~response, sample_ids, spec).noisy_ids
+        assert (noisy[0, 0, 3] == MASK_ID).item() == masked
 
 
 @pytest.mark.parametrize(("sample_id", "position", "masked"), [(163556585, 13, False), (32204527, 14, True)])
@@ -182,6 +185,29 @@ def test_a_bernoulli_token_is_masked_below_its_threshold(
     sample_ids = torch.tensor([sample_id], device=device)
     drawn = draw("bernoulli-uniform", ids, ids == 0, n_mc=1, sample_ids=sample_ids, backend=backend)
     assert (drawn.noisy_ids[0, 0, position] == MASK_ID).item() == masked
+
+
+@pytest.mark.parametrize(
+    ("sample_id", "count", "first", "second"), [(22, 3092, 13797, 6727), (263, 1733, 12679, 14972)]
+)
+def test_word_1_decides_between_equal_words_0(
+    sample_id: int, count: int, first: int, second: int, engine: tuple[str, torch.device]
+) -> None:
+    """Found by search: two positions share word 0, and a law that draws the count which takes but one of them."""
+    length = 16384
+    a, b = words(first, 0, sample_id, KEYS, 7), words(second, 0, sample_id, KEYS, 7)
+    assert a[0] == b[0] and a[1] < b[1]
+    law = torch.full((length,), 1e-12, dtype=torch.float64)
+    law[count - 1] = 1 - 1e-12 * (length - 1)
+    backend, device = engine
+    ids = torch.zeros(1, length, dtype=torch.int64, device=device)
+    sample_ids = torch.tensor([sample_id], device=device)
+    drawn = bk.random_mask(
+        ids, ids == 0, mask_token_id=MASK_ID, n_mc=1, seed=7, sample_ids=sample_ids, backend=backend,
+        schedule=bk.CountSchedule(law.tolist()),
+    )  # fmt: skip
+    assert int(drawn.count) == count == int((drawn.noisy_ids == MASK_ID).sum())
+    assert drawn.noisy_ids[0, 0, first] == MASK_ID and drawn.noisy_ids[0, 0, second] == 0
 
 
 def one_run(response: Tensor) -> Tensor:
@@ -255,6 +281,25 @@ def test_strided_inputs(law: str, backend: str) -> None:
     assert_same_draw(got, want)
 
 
+@pytest.mark.parametrize("prompts", [False, True])
+def test_the_compiled_inspection_of_inputs(prompts: bool, kernels: str) -> None:
+    """Every fact that the checks rest on, each of them true and false, as the reference finds it."""
+    ids, response = make_batch([1, 9, 33, 40], 41)
+    response[:, 0] = False  # the prompt's
+    prompt = ~response if prompts else None
+    held, negative, overlapping = ids.clone(), ids.clone(), response.clone()
+    held[2, int(response[2].nonzero()[-1])] = MASK_ID
+    negative[3, 40], negative[0, 0] = -7, 2**40
+    overlapping[1, 0] = True
+    cases = [(ids, response), (held, response), (negative, response), (ids, overlapping), (ids.T.clone().T, response)]
+    found = [cpu.inspect(i, r, prompt, MASK_ID) for i, r in cases]
+    assert found == [reference.inspect(i, r, prompt, MASK_ID) for i, r in cases]
+    assert [facts.held for facts in found] == [False, True, False, False, False]
+    assert [facts.overlap for facts in found] == [False, False, False, prompts, False]
+    assert found[2].lowest == -7 and found[2].highest == 2**40 and found[0].lengths == response.sum(-1).tolist()
+    assert found[0].largest_response == int(ids[response].max())
+
+
 # ----------------------------------------------------------------------------------------------------- equal keys
 
 TIES = [0, 1, 2**8, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 2, 2**64 - 1]  # every byte, and both signs
@@ -266,20 +311,32 @@ CHOOSE = """
 #include "cpu/engine.h"
 #include "cpu/masks.inl"
 
-// The engine's own selection with keys from outside: noisy[p] becomes 1 for the `count` smallest, or for the others.
-extern "C" void choose(const uint64_t* keys, int64_t length, int64_t count, bool complement, const int64_t* index,
-                       const int64_t* zeros, int64_t* noisy) {
+struct GivenKeys {
+    const uint64_t* keys;
+
+    void words(int64_t length, uint32_t* out) const { for (int64_t p = 0; p < length; ++p) out[p] = keys[p] >> 32; }
+    uint64_t key(int64_t p) const { return keys[p]; }
+};
+
+// The engine's own selection with keys from outside: noisy[p] becomes 1 for the `count` smallest, or for the others,
+// and `rows` lists those; returns whether word 0 of the keys was enough to tell.
+extern "C" bool choose(const uint64_t* keys, int64_t length, int64_t count, bool others, const int64_t* index,
+                       const int64_t* zeros, int64_t* noisy, int64_t* rows, int64_t* targets) {
     using namespace bgpo::cpu;
-    Scratch scratch(length);
-    std::copy(keys, keys + length, scratch.keys);
-    const Response where{length, 0, index};
-    write_row(threshold_of(scratch, length, count), scratch.keys, complement, 1, where, zeros, length, noisy);
+    const Scratch scratch(length);
+    const uint32_t last = select_words(GivenKeys{keys}, length, count, scratch);
+    const int64_t masked = others ? length - count : count;
+    write_segment({length, 0, index}, scratch.words, last, others, masked, 1, zeros, length, {noisy, rows, targets, 0});
+    GivenKeys{keys}.words(length, scratch.words);
+    return threshold_of(scratch, length, count).found;
 }
 """
 
 
 @pytest.fixture(scope="module", params=["", "-march=native"], ids=["baseline", "native"])
-def choose(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[bool]]:
+def choose(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., list[bool]]]:
     """The CPU engine's selection, compiled on its own: equal 64-bit keys cannot be drawn on purpose."""
     compiler, sources = shutil.which("c++"), Path(__file__).parents[1] / "csrc"
     if compiler is None or not sources.is_dir():
@@ -290,15 +347,27 @@ def choose(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     subprocess.run([compiler, *flags, "choose.cpp", "-o", "choose.so"], cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "choose.so"))
 
-    def call(keys: list[int], count: int, complement: bool = False, run: bool = True) -> list[bool]:
+    library.choose.restype = ctypes.c_bool
+
+    def call(keys: list[int], count: int, others: bool = False, run: bool = True) -> list[bool]:
         size, row = ctypes.c_int64(len(keys)), ctypes.c_int64 * len(keys)
         index, noisy = None if run else row(*range(len(keys))), row(*[-1] * len(keys))
+        rows, targets = row(*[-1] * len(keys)), row(*[-1] * len(keys))
         array = (ctypes.c_uint64 * len(keys))(*keys)
-        library.choose(array, size, ctypes.c_int64(count), ctypes.c_bool(complement), index, row(), noisy)
+        by_words = library.choose(
+            array, size, ctypes.c_int64(count), ctypes.c_bool(others), index, row(), noisy, rows, targets
+        )  # fmt: skip
+        seen.append(by_words)
         assert set(noisy) <= {0, 1}
-        return [value == 1 for value in noisy]
+        masked = [value == 1 for value in noisy]
+        found = [p for p, here in enumerate(masked) if here]
+        rest = [-1] * (len(keys) - len(found))  # nothing is written beyond the segment's own places
+        assert list(rows) == found + rest and list(targets) == [0] * len(found) + rest
+        return masked
 
-    return call
+    seen: list[bool] = []
+    yield call
+    assert set(seen) == {True, False}, "word 0 decides in some cases and not in others"
 
 
 def tied_keys(case: int) -> list[int]:
@@ -320,7 +389,7 @@ def test_selection_of_equal_keys(choose: Callable[..., list[bool]]) -> None:
         for count in range(1, len(keys)):
             want = smallest(keys, count)
             assert choose(keys, count) == choose(keys, count, run=False) == want, (keys, count)
-            assert choose(keys, count, complement=True) == [not masked for masked in want], (keys, count)
+            assert choose(keys, count, others=True) == [not masked for masked in want], (keys, count)
 
 
 def test_selection_of_keys_that_are_not_uniform(choose: Callable[..., list[bool]]) -> None:
@@ -338,5 +407,5 @@ def test_selection_of_equal_keys_in_the_reference() -> None:
         keys = tied_keys(case)
         high, low = torch.tensor([k >> 32 for k in keys]), torch.tensor([k & 0xFFFFFFFF for k in keys])
         counts = torch.arange(1, len(keys) + 1)
-        got = reference._select_smallest(high.expand(len(keys), -1), low.expand(len(keys), -1), counts)
+        got = reference._smallest(high.expand(len(keys), -1), low.expand(len(keys), -1), counts)
         assert got.tolist() == [smallest(keys, count) for count in counts.tolist()]

@@ -7,13 +7,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from mask_model import COUNTS, LAWS, MASK_ID, assert_same_draw, draw, fp32, make_batch, words
+from mask_model import COUNTS, LAWS, MASK_ID, assert_same_draw, draw, fp32, make_batch, make_spec, words
 from torch import Tensor
 
 import bgpo_kernels as bk
 from bgpo_kernels.bound import ops as bound_ops
 from bgpo_kernels.masks import ops as mask_ops
-from bgpo_kernels.masks.schedule import HARMONIC, count_tables
+from bgpo_kernels.masks.schedule import HARMONIC
 
 BACKENDS = ["reference", "cpu"]
 COUPLED = [law for law in LAWS if law.startswith("coupled")]
@@ -277,27 +277,21 @@ def test_a_draw_built_by_hand_is_the_same_draw() -> None:
 # ---------------------------------------------------------------------------------------------------- registration
 
 
-def select_arguments(scheme: str, schedule: str, backend: str, table: bool = False) -> tuple:
-    ids, response = make_batch([3, 7], 10)
-    tables = count_tables(HARMONIC, [3, 7], 4) if table else (None, None, None)
-    inputs = ids, response, None if scheme == "full" else ~response, torch.tensor([0, 5])
-    return (*inputs, *tables, scheme, schedule, 4, 1, 3, -5, MASK_ID, 2**31, backend)
-
-
 @pytest.mark.no_poison
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck_of_the_mask_ops(backend: str) -> None:
-    for arguments in (
-        select_arguments("exact", "stratified", backend),
-        select_arguments("exact", "table", backend, table=True),
-        select_arguments("coupled", "uniform", backend),
-        select_arguments("full", "uniform", backend),
-    ):
-        torch.library.opcheck(mask_ops.mask_select, arguments)
+@pytest.mark.parametrize("law", ["exact-stratified", "exact-harmonic", "bernoulli-uniform", "coupled-uniform", "full"])
+def test_opcheck_of_the_mask_ops(law: str, backend: str) -> None:
     ids, response = make_batch([3, 7], 10)
-    drawn = draw("exact-uniform", ids, response, n_mc=2)
-    rows = (drawn.noisy_ids, ids, response, drawn.segment_offsets, MASK_ID, drawn.num_rows, backend)
-    torch.library.opcheck(mask_ops.mask_rows, rows)
+    sample_ids = torch.tensor([0, 5])
+    scheme, schedule, _ = LAWS[law]
+    spec = make_spec(scheme, HARMONIC if schedule == "harmonic" else schedule, 4, [3, 7], (1, 3))
+    c = spec.counts
+    counts = (response, sample_ids, c.thresholds, c.table_weights, c.table_start, c.scheme, c.schedule, 4, 1, 3, -5)
+    torch.library.opcheck(mask_ops.mask_counts, (*counts, backend))
+    offsets = mask_ops.mask_counts(*counts, backend)[2]
+    prompt = None if law == "full" else ~response
+    where = (offsets, int(offsets[-1]), scheme == "coupled", 1, 3, -5, MASK_ID, 2**31, backend)
+    torch.library.opcheck(mask_ops.mask_draw, (ids, response, prompt, sample_ids, *where))
 
 
 @pytest.mark.no_poison

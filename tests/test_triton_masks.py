@@ -9,14 +9,14 @@ from torch import Tensor
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
+from mask_model import MASK_ID, EngineDraw, draw_with, make_spec
 
 from bgpo_kernels._triton_philox import philox4x32, seed_words
 from bgpo_kernels.masks import reference, triton_kernels
-from bgpo_kernels.masks.schedule import HARMONIC, CountSchedule, DrawSpec, count_tables
+from bgpo_kernels.masks.schedule import HARMONIC, CountSchedule, DrawSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = not isinstance(philox4x32, triton.JITFunction)
-MASK_ID = 1000
 
 # (counter, key) -> words, from Random123's known-answer tests; the last: word 3 is the 10,000th output of C++26's
 # std::philox4x32, whose counter is then (2499, 0, 0, 0).
@@ -72,36 +72,15 @@ def make_batch(lengths: list[int], tokens: int) -> tuple[Tensor, Tensor]:
     return input_ids.to(DEVICE), response.to(DEVICE)
 
 
-def make_spec(
-    scheme: str,
-    schedule: str | CountSchedule,
-    n_mc: int,
-    lengths: list[int] | None = None,
-    mc_range: tuple[int, int] | None = None,
-    seed: int = 17,
-    prompt_threshold: int = 0,
-) -> DrawSpec:
-    lo, hi = mc_range or (0, n_mc)
-    tables: tuple[Tensor | None, ...] = (None, None, None)
-    if isinstance(schedule, CountSchedule):
-        tables, schedule = count_tables(schedule, lengths or [], n_mc), "table"
-    return DrawSpec(scheme, schedule, n_mc, lo, hi, seed, MASK_ID, prompt_threshold, *tables)
-
-
 def assert_same_draw(
     input_ids: Tensor, response: Tensor, spec: DrawSpec, ids: Tensor | None = None, prompt: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Both kernels' worth of outputs, equal to the reference bit for bit; returns the reference's ``select``."""
+) -> EngineDraw:
+    """Both kernels' outputs, equal to the reference's bit for bit; returns the reference's."""
     ids = torch.arange(len(input_ids), device=DEVICE) if ids is None else ids.to(DEVICE)
-    want = reference.select(input_ids.cpu(), response.cpu(), None if prompt is None else prompt.cpu(), ids.cpu(), spec)
-    got = triton_kernels.select(input_ids, response, prompt, ids, spec)
-    for name, w, g in zip(("noisy_ids", "count", "weight"), want, got, strict=True):
-        assert g.dtype == w.dtype and torch.equal(g.cpu(), w), f"{name} of {spec}"
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), want[1].flatten().long().cumsum(0)])
-    arguments = (offsets, MASK_ID, int(offsets[-1]))
-    want_rows = reference.emit_rows(want[0], input_ids.cpu(), response.cpu(), *arguments)
-    got_rows = triton_kernels.emit_rows(got[0], input_ids, response, offsets.to(DEVICE), *arguments[1:])
-    for name, w, g in zip(("rows", "targets"), want_rows, got_rows, strict=True):
+    on_cpu = (input_ids.cpu(), response.cpu(), None if prompt is None else prompt.cpu(), ids.cpu())
+    want = draw_with(reference, *on_cpu, spec)
+    got = draw_with(triton_kernels, input_ids, response, prompt, ids, spec)
+    for name, w, g in zip(EngineDraw._fields, want, got, strict=True):
         assert g.dtype == w.dtype and torch.equal(g.cpu(), w), f"{name} of {spec}"
     return want
 
@@ -129,15 +108,16 @@ def test_every_law_matches_the_reference(scheme: str, schedule: str | CountSched
 def test_lengths_around_a_block(length: int) -> None:
     input_ids, response = make_batch([length], length + 3)
     spec = make_spec("exact", "stratified", 2)
-    noisy, count, _ = assert_same_draw(input_ids, response, spec)
-    assert torch.equal((noisy == MASK_ID).sum(-1), count)
+    drawn = assert_same_draw(input_ids, response, spec)
+    assert torch.equal((drawn.noisy_ids == MASK_ID).sum(-1), drawn.count)
 
 
 def test_longest_response() -> None:
     length = 32768
     input_ids, response = make_batch([length], length)
-    noisy, count, _ = assert_same_draw(input_ids, response, make_spec("exact", "stratified", 4, mc_range=(1, 2)))
-    assert int((noisy == MASK_ID).sum()) == int(count) and length // 4 <= int(count) <= length // 2 + 1
+    drawn = assert_same_draw(input_ids, response, make_spec("exact", "stratified", 4, mc_range=(1, 2)))
+    assert int((drawn.noisy_ids == MASK_ID).sum()) == int(drawn.count)
+    assert length // 4 <= int(drawn.count) <= length // 2 + 1
 
 
 def test_long_table_spans_blocks() -> None:
@@ -151,10 +131,11 @@ def test_long_table_spans_blocks() -> None:
 def test_a_range_of_samples_is_a_slice_of_the_full_draw(scheme: str, mc_range: tuple[int, int]) -> None:
     input_ids, response = make_batch([20, 9], 24)
     ids = torch.arange(2, device=DEVICE)
-    whole = triton_kernels.select(input_ids, response, None, ids, make_spec(scheme, "stratified", 6))
-    part = triton_kernels.select(input_ids, response, None, ids, make_spec(scheme, "stratified", 6, mc_range=mc_range))
-    for w, p in zip(whole, part, strict=True):
-        assert torch.equal(w[:, slice(*mc_range)], p)
+    inputs = (triton_kernels, input_ids, response, None, ids)
+    whole = draw_with(*inputs, make_spec(scheme, "stratified", 6))
+    part = draw_with(*inputs, make_spec(scheme, "stratified", 6, mc_range=mc_range))
+    for name in ("noisy_ids", "count", "weight"):
+        assert torch.equal(getattr(whole, name)[:, slice(*mc_range)], getattr(part, name)), name
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -167,7 +148,8 @@ def test_sample_ids_of_every_size_and_sign() -> None:
     ids = torch.tensor([0, -1, 2**31, 2**32, 2**56 - 1, 2**56, -(2**63), 2**63 - 1])
     input_ids, response = make_batch([12] * len(ids), 16)
     input_ids[:], response[:] = input_ids[0].clone(), response[0].clone()
-    noisy, _, _ = assert_same_draw(input_ids, response, make_spec("exact", "uniform", 2), ids)
+    drawn = assert_same_draw(input_ids, response, make_spec("exact", "uniform", 2), ids)
+    noisy = drawn.noisy_ids
     # Bits 0..55 name a sequence: 0, 2^56 and -2^63 are one, as are -1 and 2^63 - 1 and 2^56 - 1.
     assert torch.equal(noisy[0], noisy[5]) and torch.equal(noisy[0], noisy[6])
     assert torch.equal(noisy[1], noisy[4]) and torch.equal(noisy[1], noisy[7])
@@ -181,8 +163,8 @@ def test_prompt_noise(threshold: int, scheme: str) -> None:
     prompt = ~response
     prompt[:, :3] = False  # padding: neither prompt nor response
     spec = make_spec(scheme, "stratified", 2, prompt_threshold=threshold)
-    noisy, _, _ = assert_same_draw(input_ids, response, spec, prompt=prompt)
-    masked = noisy.to(DEVICE) == MASK_ID
+    drawn = assert_same_draw(input_ids, response, spec, prompt=prompt)
+    masked = drawn.noisy_ids.to(DEVICE) == MASK_ID
     assert not (masked & (~response & ~prompt)[:, None]).any()
     if threshold in (0, 2**32):
         assert bool((masked | ~prompt[:, None]).all()) == (threshold == 2**32)
@@ -195,8 +177,8 @@ def test_masks_follow_the_response_not_the_padding() -> None:
         input_ids = torch.nn.functional.pad(response_ids, (left, right)).to(DEVICE)
         response = torch.nn.functional.pad(torch.ones(1, 20, dtype=torch.bool), (left, right)).to(DEVICE)
         ids = torch.tensor([5], device=DEVICE)
-        noisy, _, _ = triton_kernels.select(input_ids, response, None, ids, make_spec("exact", "stratified", 4))
-        draws.append(noisy[..., left : left + 20])
+        drawn = draw_with(triton_kernels, input_ids, response, None, ids, make_spec("exact", "stratified", 4))
+        draws.append(drawn.noisy_ids[..., left : left + 20])
     assert torch.equal(draws[0], draws[1]) and torch.equal(draws[0], draws[2])
 
 
@@ -204,11 +186,12 @@ def test_row_alone_equals_row_in_a_batch() -> None:
     input_ids, response = make_batch([30, 11, 25], 32)
     spec = make_spec("coupled", "stratified", 4)
     ids = torch.tensor([9, 4, 2**40], device=DEVICE)
-    together = triton_kernels.select(input_ids, response, None, ids, spec)
+    together = draw_with(triton_kernels, input_ids, response, None, ids, spec)
     for b in range(3):
-        alone = triton_kernels.select(input_ids[b : b + 1], response[b : b + 1], None, ids[b : b + 1], spec)
-        for t, a in zip(together, alone, strict=True):
-            assert torch.equal(t[b : b + 1], a)
+        row = slice(b, b + 1)
+        alone = draw_with(triton_kernels, input_ids[row], response[row], None, ids[row], spec)
+        for name in ("noisy_ids", "count", "weight"):
+            assert torch.equal(getattr(together, name)[row], getattr(alone, name)), name
 
 
 @triton.jit
@@ -226,22 +209,22 @@ def test_ties_are_filled_in_position_order(monkeypatch: pytest.MonkeyPatch, sche
     monkeypatch.setattr(triton_kernels, "MAX_BLOCK", 32)  # ties span blocks
     input_ids, response = make_batch([length], length)
     spec = make_spec(scheme, "stratified", 4)
-    noisy, count, _ = triton_kernels.select(input_ids, response, None, torch.zeros(1, dtype=torch.int64), spec)
+    drawn = draw_with(triton_kernels, input_ids, response, None, torch.zeros(1, dtype=torch.int64), spec)
     for j in range(4):
         key_sample = j - j % 2 if scheme == "coupled" else j
         level = [(p * 7 + key_sample) % 4 for p in range(length)]
         order = sorted(range(length), key=lambda p: (2**64 - 1 if level[p] == 3 else level[p], p))
-        total = int(count[0, j])
+        total = int(drawn.count[0, j])
         chosen = order[length - total :] if scheme == "coupled" and j % 2 else order[:total]
-        assert (noisy[0, j] == MASK_ID).nonzero().flatten().tolist() == sorted(chosen)
+        assert (drawn.noisy_ids[0, j] == MASK_ID).nonzero().flatten().tolist() == sorted(chosen)
 
 
 def test_counts_of_zero_and_all_in_coupled_pairs() -> None:
     """L = 1 with many pairs draws l = 0 and l = 1: empty sides weigh 0 and their complements hold the token."""
     input_ids, response = make_batch([1], 3)
-    _, count, weight = assert_same_draw(input_ids, response, make_spec("coupled", "stratified", 8))
-    assert set(count.flatten().tolist()) == {0, 1}
-    assert torch.equal(weight, torch.where(count > 0, 2.0, 0.0))
+    drawn = assert_same_draw(input_ids, response, make_spec("coupled", "stratified", 8))
+    assert set(drawn.count.flatten().tolist()) == {0, 1}
+    assert torch.equal(drawn.weight, torch.where(drawn.count > 0, 2.0, 0.0))
 
 
 def guarded(data: Tensor, poison: float) -> tuple[Tensor, Tensor]:
@@ -257,24 +240,22 @@ def test_reads_and_writes_stay_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = ~response
     spec = make_spec("exact", HARMONIC, 2, [20, 9], prompt_threshold=2**31)
     ids = torch.arange(2, device=DEVICE)
-    want = reference.select(input_ids.cpu(), response.cpu(), prompt.cpu(), ids.cpu(), spec)
+    want = draw_with(reference, input_ids.cpu(), response.cpu(), prompt.cpu(), ids.cpu(), spec)
     outputs = []
 
-    def empty(shape: object, dtype: torch.dtype, device: object) -> Tensor:
-        view, storage = guarded(torch.zeros(shape, dtype=dtype, device=device), 77)
+    def guard(view: Tensor) -> Tensor:
+        view, storage = guarded(view, 77)
         outputs.append(storage)
         return view
 
-    monkeypatch.setattr(torch, "empty", empty)
+    zeros, like = torch.zeros, torch.zeros_like
+    monkeypatch.setattr(torch, "empty", lambda *shape, dtype, device: guard(zeros(*shape, dtype=dtype, device=device)))
+    monkeypatch.setattr(torch, "empty_like", lambda t: guard(like(t)))
     amid = [guarded(x, 1)[0] for x in (input_ids, response, prompt, ids)]
-    got = triton_kernels.select(*amid, spec)
-    for w, g in zip(want, got, strict=True):
-        assert torch.equal(g.cpu(), w)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), want[1].flatten().long().cumsum(0)]).to(DEVICE)
-    monkeypatch.setattr(torch, "empty_like", lambda t: empty(t.shape, t.dtype, t.device))
-    rows, _ = triton_kernels.emit_rows(got[0], amid[0], amid[1], offsets, MASK_ID, int(offsets[-1]))
-    assert torch.equal(rows, ((got[0] == MASK_ID) & response[:, None]).flatten().nonzero().flatten())
-    assert len(outputs) == 7
+    got = draw_with(triton_kernels, *amid, spec)
+    for name, w, g in zip(EngineDraw._fields, want, got, strict=True):
+        assert torch.equal(g.cpu(), w), name
+    assert len(outputs) == 5
     for storage in outputs:
         assert (storage[:128] == 77).all() and (storage[-128:] == 77).all()
 
@@ -282,9 +263,6 @@ def test_reads_and_writes_stay_inside(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_empty_batch_and_no_rows() -> None:
     spec = make_spec("exact", "uniform", 2)
     none = torch.empty(0, 5, dtype=torch.int64, device=DEVICE)
-    noisy, count, weight = triton_kernels.select(none, none.bool(), None, none[:, 0], spec)
-    assert noisy.shape == (0, 2, 5) and count.shape == weight.shape == (0, 2)
-    ids = torch.zeros(1, 2, 4, dtype=torch.int64, device=DEVICE)
-    offsets = torch.zeros(3, dtype=torch.int64, device=DEVICE)
-    rows, targets = triton_kernels.emit_rows(ids, ids[:, 0], ids[:, 0] == 0, offsets, MASK_ID, 0)
-    assert rows.shape == targets.shape == (0,)
+    drawn = draw_with(triton_kernels, none, none.bool(), None, none[:, 0], spec)
+    assert drawn.noisy_ids.shape == (0, 2, 5) and drawn.count.shape == drawn.weight.shape == (0, 2)
+    assert drawn.offsets.tolist() == [0] and drawn.rows.shape == drawn.targets.shape == (0,)

@@ -12,9 +12,11 @@ import mmap
 import multiprocessing
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+from mask_model import MASK_ID, make_spec
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -23,12 +25,11 @@ from bgpo_kernels.bound import triton_kernels as bound
 from bgpo_kernels.head import triton_kernels as head
 from bgpo_kernels.head.options import LogitTransform
 from bgpo_kernels.masks import triton_kernels as masks
-from bgpo_kernels.masks.schedule import HARMONIC, DrawSpec, count_tables
+from bgpo_kernels.masks.schedule import HARMONIC
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or sys.platform != "linux", reason="needs the interpreter on the CPU, and mprotect"
 )
-MASK_ID = 1000
 
 
 def at_the_edge(data: Tensor) -> Tensor:
@@ -43,8 +44,8 @@ def at_the_edge(data: Tensor) -> Tensor:
     return flat.view(data.shape).copy_(data)
 
 
-def edge_empty(shape: object, dtype: torch.dtype = torch.float32, device: object = None) -> Tensor:
-    return at_the_edge(torch.zeros(shape, dtype=dtype))
+def edge_empty(*shape: object, dtype: torch.dtype = torch.float32, device: object = None) -> Tensor:
+    return at_the_edge(torch.zeros(*shape, dtype=dtype))
 
 
 def survives(case: Callable[[], None]) -> bool:
@@ -52,7 +53,7 @@ def survives(case: Callable[[], None]) -> bool:
 
     def child() -> None:
         torch.empty = edge_empty
-        torch.empty_like = lambda x: edge_empty(x.shape, x.dtype)
+        torch.empty_like = lambda x: edge_empty(x.shape, dtype=x.dtype)
         case()
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -92,11 +93,13 @@ def test_masks(scheme: str, schedule: str) -> None:
         input_ids = at_the_edge(torch.randint(0, MASK_ID, (2, 37)))
         response = at_the_edge(torch.arange(37).expand(2, 37) > torch.tensor([[5], [16]]))
         prompt = at_the_edge(~response)
-        tables = count_tables(HARMONIC, response.sum(-1).tolist(), 2) if schedule == "table" else ()
-        spec = DrawSpec(scheme, schedule, 2, 0, 2, 9, MASK_ID, 1 << 31, *(at_the_edge(t) for t in tables))
-        noisy, count, _ = masks.select(input_ids, response, prompt, at_the_edge(torch.arange(2)), spec)
-        offsets = at_the_edge(torch.tensor([0, *count.flatten().tolist()]).cumsum(0))
-        masks.emit_rows(noisy, input_ids, response, offsets, MASK_ID, int(offsets[-1]))
+        law = HARMONIC if schedule == "table" else schedule
+        spec = make_spec(scheme, law, 2, response.sum(-1).tolist(), seed=9, prompt_threshold=1 << 31)
+        names = ("thresholds", "table_weights", "table_start") if schedule == "table" else ()
+        counts = replace(spec.counts, **{name: at_the_edge(getattr(spec.counts, name)) for name in names})
+        sample_ids = at_the_edge(torch.arange(2))
+        offsets = at_the_edge(masks.draw_counts(response, sample_ids, counts)[2])
+        masks.draw_masks(input_ids, response, prompt, sample_ids, offsets, int(offsets[-1]), spec.masks)
 
     assert survives(case)
 

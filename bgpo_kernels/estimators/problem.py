@@ -6,7 +6,7 @@ attention mask, no packing, and results that do not depend on which sequences sh
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,11 +59,10 @@ class Problem:
         if self.explicit is not None:
             return self.explicit.sequence(b, lo, hi, sequence.keep)
         assert self.spec is not None
-        start = None if self.spec.table_start is None else self.spec.table_start[b : b + 1]
-        spec = replace(self.spec, lo=lo, hi=hi, table_start=start)
         return draw_unchecked(
-            sequence.input_ids, sequence.response_mask, None, sequence.sample_id, spec, self.backend, self.max_id
-        )
+            sequence.input_ids, sequence.response_mask, None, sequence.sample_id, self.spec.part(b, lo, hi),
+            self.backend, self.max_id,
+        )  # fmt: skip
 
     @property
     def score_dtype(self) -> torch.dtype:
@@ -104,7 +103,8 @@ def prepare(
     else:
         _check_explicit(draw, input_ids, response_mask)
         n_mc, mask_token_id = draw.n_mc, -1
-    lengths, max_id = check_response(input_ids, response_mask, None, mask_token_id, n_mc)
+    resolved = resolve(backend, input_ids.device)
+    lengths, max_id = check_response(input_ids, response_mask, None, mask_token_id, n_mc, resolved)
     tokens = {"input_ids": input_ids} if draw is None else {"input_ids": input_ids, "draw.noisy_ids": draw.noisy_ids}
     _check_vocabulary(model, spec, max_id if draw is None else draw.max_target, mask_token_id, tokens, attended)
     if sample_ids is None:
@@ -114,7 +114,6 @@ def prepare(
         draw_spec = make_spec(scheme, schedule, n_mc, seed, mask_token_id, lengths, input_ids.device)
     sequences = _sequences(input_ids, response_mask, attended, sample_ids, lengths)
     _check_shift(spec.shift, sequences)
-    resolved = resolve(backend, input_ids.device)
     assert_bidirectional(model, spec)
     return Problem(
         model, spec, sequences, n_mc, draw_spec, draw, transform, resolved, input_ids.device, max_id,

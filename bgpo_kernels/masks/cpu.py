@@ -7,60 +7,65 @@ from torch import Tensor
 
 from .. import _cpu
 from ..native import address, dense, threads, with_huge_pages
-from .schedule import SCHEMES, DrawSpec
+from .reference import Facts
+from .schedule import SCHEMES, CountSpec, MaskSpec
 
 _SCHEDULES = ("uniform", "stratified", "table")
 
 
-def select(
-    input_ids: Tensor, response_mask: Tensor, prompt_mask: Tensor | None, sample_ids: Tensor, spec: DrawSpec
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``reference.select``."""
-    batch, tokens = input_ids.shape
-    noisy = with_huge_pages(torch.empty(batch, spec.samples, tokens, dtype=torch.int64))
-    count = torch.empty(batch, spec.samples, dtype=torch.int32)
-    weight = torch.empty(batch, spec.samples, dtype=torch.float32)
-    draw, _keep = _draw(input_ids, response_mask, prompt_mask, sample_ids, spec)
-    _cpu.select(draw, address(noisy), address(count), address(weight), threads())
-    return noisy, count, weight
+def inspect(input_ids: Tensor, response_mask: Tensor, prompt_mask: Tensor | None, mask_token_id: int) -> Facts:
+    """As ``reference.inspect``."""
+    keep = dense(input_ids, torch.int64), dense(response_mask, torch.bool), dense(prompt_mask, torch.bool)
+    return Facts(*_cpu.inspect(*map(address, keep), *input_ids.shape, mask_token_id))
 
 
-def emit_rows(
-    noisy_ids: Tensor,
-    input_ids: Tensor,
-    response_mask: Tensor,
-    segment_offsets: Tensor,
-    mask_token_id: int,
-    num_rows: int,
-) -> tuple[Tensor, Tensor]:
-    """As ``reference.emit_rows``."""
-    rows = torch.empty(num_rows, dtype=torch.int64)
-    targets = torch.empty(num_rows, dtype=torch.int64)
-    spec = DrawSpec("exact", "uniform", noisy_ids.shape[1], 0, noisy_ids.shape[1], 0, mask_token_id)
-    draw, _keep = _draw(input_ids, response_mask, None, None, spec)
-    noisy_ids, segment_offsets = noisy_ids.contiguous(), segment_offsets.contiguous()
-    _cpu.emit_rows(draw, address(noisy_ids), address(segment_offsets), address(rows), address(targets), threads())
-    return rows, targets
-
-
-def _draw(
-    input_ids: Tensor, response_mask: Tensor, prompt_mask: Tensor | None, sample_ids: Tensor | None, spec: DrawSpec
-) -> tuple[_cpu.Draw, list[Tensor | None]]:
-    """The engine's arguments, and the tensors whose memory they point into."""
+def draw_counts(response_mask: Tensor, sample_ids: Tensor, spec: CountSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``reference.draw_counts``."""
+    batch, tokens = response_mask.shape
+    shape = (batch, spec.samples)
+    count = torch.empty(shape, dtype=torch.int32)
+    weight = torch.empty(shape, dtype=torch.float32)
+    offsets = torch.empty(batch * spec.samples + 1, dtype=torch.int64)
     keep = [
-        dense(input_ids, torch.int64),
         dense(response_mask, torch.bool),
-        dense(prompt_mask, torch.bool),
         dense(sample_ids, torch.int64),
         dense(spec.thresholds, torch.int64),
         dense(spec.table_weights, torch.float32),
         dense(spec.table_start, torch.int64),
     ]
-    ids, response, prompt, samples, thresholds, table_weights, table_start = map(address, keep)
-    batch, tokens = input_ids.shape
-    draw = _cpu.Draw(
-        ids, response, prompt, samples, batch, tokens, spec.n_mc, spec.lo, spec.hi, spec.seed, spec.mask_token_id,
-        SCHEMES.index(spec.scheme), _SCHEDULES.index(spec.schedule), spec.prompt_threshold,
-        thresholds, table_weights, table_start,
+    response, samples, *tables = map(address, keep)
+    counts = _cpu.Counts(
+        response, samples, batch, tokens, spec.n_mc, spec.lo, spec.hi, spec.seed,
+        SCHEMES.index(spec.scheme), _SCHEDULES.index(spec.schedule), *tables,
     )  # fmt: skip
-    return draw, keep
+    _cpu.draw_counts(counts, address(count), address(weight), address(offsets), threads())
+    return count, weight, offsets
+
+
+def draw_masks(
+    input_ids: Tensor,
+    response_mask: Tensor,
+    prompt_mask: Tensor | None,
+    sample_ids: Tensor,
+    segment_offsets: Tensor,
+    num_rows: int,
+    spec: MaskSpec,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``reference.draw_masks``."""
+    batch, tokens = input_ids.shape
+    noisy = with_huge_pages(torch.empty(batch, spec.samples, tokens, dtype=torch.int64))
+    rows = with_huge_pages(torch.empty(num_rows, dtype=torch.int64))
+    targets = with_huge_pages(torch.empty(num_rows, dtype=torch.int64))
+    keep = [
+        dense(input_ids, torch.int64),
+        dense(response_mask, torch.bool),
+        dense(prompt_mask, torch.bool),
+        dense(sample_ids, torch.int64),
+        dense(segment_offsets, torch.int64),
+    ]
+    draw = _cpu.Draw(
+        *map(address, keep), batch, tokens, spec.lo, spec.hi, spec.seed, spec.mask_token_id, spec.coupled,
+        spec.prompt_threshold,
+    )  # fmt: skip
+    _cpu.draw_masks(draw, address(noisy), address(rows), address(targets), threads())
+    return noisy, rows, targets

@@ -1,6 +1,6 @@
 """Random masking on the CUDA kernels: see csrc/cuda/mask.cu for the cost and csrc/bgpo/stream.h for the bits.
 
-Nothing here waits for the device: ``emit_rows`` is told the number of rows.
+Nothing here waits for the device: ``draw_masks`` is told the number of rows.
 """
 
 from __future__ import annotations
@@ -10,57 +10,59 @@ from torch import Tensor
 
 from .. import _cuda
 from ..native import address, dense, stream
-from .schedule import SCHEMES, DrawSpec
+from .reference import inspect
+from .schedule import SCHEMES, CountSpec, MaskSpec
+
+__all__ = ["draw_counts", "draw_masks", "inspect"]
 
 _SCHEDULES = ("uniform", "stratified", "table")
 
 
-def select(
-    input_ids: Tensor, response_mask: Tensor, prompt_mask: Tensor | None, sample_ids: Tensor, spec: DrawSpec
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``reference.select``."""
-    batch, tokens = input_ids.shape
-    device = input_ids.device
-    noisy = torch.empty(batch, spec.samples, tokens, dtype=torch.int64, device=device)
+def draw_counts(response_mask: Tensor, sample_ids: Tensor, spec: CountSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``reference.draw_counts``."""
+    batch, tokens = response_mask.shape
+    device = response_mask.device
     count = torch.empty(batch, spec.samples, dtype=torch.int32, device=device)
     weight = torch.empty(batch, spec.samples, dtype=torch.float32, device=device)
-    keep = [
-        dense(input_ids, torch.int64),
-        dense(response_mask, torch.bool),
-        response_mask.cumsum(-1, dtype=torch.int32).contiguous(),
-        dense(prompt_mask, torch.bool),
-        dense(sample_ids, torch.int64),
-    ]
+    offsets = torch.zeros(batch * spec.samples + 1, dtype=torch.int64, device=device)
+    keep = [dense(response_mask, torch.bool), dense(sample_ids, torch.int64)]
     tables = [_moved(spec.thresholds, device), _moved(spec.table_weights, device), _moved(spec.table_start, device)]
-    draw = _cuda.Draw(
-        *map(address, keep), batch, tokens, spec.n_mc, spec.lo, spec.hi, spec.seed, spec.mask_token_id,
-        SCHEMES.index(spec.scheme), _SCHEDULES.index(spec.schedule), spec.prompt_threshold, *map(address, tables),
+    counts = _cuda.Counts(
+        *map(address, keep), batch, tokens, spec.n_mc, spec.lo, spec.hi, spec.seed,
+        SCHEMES.index(spec.scheme), _SCHEDULES.index(spec.schedule), *map(address, tables),
     )  # fmt: skip
-    _cuda.select(_cuda.Queue(*stream(noisy)), draw, address(noisy), address(count), address(weight))
-    return noisy, count, weight
+    _cuda.draw_counts(_cuda.Queue(*stream(count)), counts, address(count), address(weight))
+    torch.cumsum(count.flatten(), 0, out=offsets[1:])
+    return count, weight, offsets
 
 
-def emit_rows(
-    noisy_ids: Tensor,
+def draw_masks(
     input_ids: Tensor,
     response_mask: Tensor,
+    prompt_mask: Tensor | None,
+    sample_ids: Tensor,
     segment_offsets: Tensor,
-    mask_token_id: int,
     num_rows: int,
-) -> tuple[Tensor, Tensor]:
-    """As ``reference.emit_rows``."""
-    rows = torch.empty(num_rows, dtype=torch.int64, device=noisy_ids.device)
-    targets = torch.empty(num_rows, dtype=torch.int64, device=noisy_ids.device)
+    spec: MaskSpec,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``reference.draw_masks``."""
+    batch, tokens = input_ids.shape
+    noisy = torch.empty(batch, spec.samples, tokens, dtype=torch.int64, device=input_ids.device)
+    rows = torch.empty(num_rows, dtype=torch.int64, device=input_ids.device)
+    targets = torch.empty(num_rows, dtype=torch.int64, device=input_ids.device)
     keep = [
-        noisy_ids.contiguous(),
         dense(input_ids, torch.int64),
         dense(response_mask, torch.bool),
-        segment_offsets.contiguous(),
+        dense(prompt_mask, torch.bool),
+        dense(sample_ids, torch.int64),
+        dense(segment_offsets, torch.int64),
     ]
-    batch, samples, tokens = noisy_ids.shape
-    emit = _cuda.Emit(*map(address, keep), batch, samples, tokens, mask_token_id)
-    _cuda.emit_rows(_cuda.Queue(*stream(rows)), emit, address(rows), address(targets))
-    return rows, targets
+    draw = _cuda.Draw(
+        *map(address, keep), batch, tokens, spec.lo, spec.hi, spec.seed, spec.mask_token_id, spec.coupled,
+        spec.prompt_threshold,
+    )  # fmt: skip
+    _cuda.draw_masks(_cuda.Queue(*stream(noisy)), draw, address(noisy), address(rows), address(targets))
+    return noisy, rows, targets
 
 
 def _moved(table: Tensor | None, device: torch.device) -> Tensor | None:

@@ -8,10 +8,20 @@ import torch
 from torch import Tensor
 
 from .. import validation as check
-from ..backends import resolve
+from ..backends import engine, resolve
 from . import ops
 from .draw import MAX_ID, MaskDraw
-from .schedule import HARMONIC, SCHEDULES, SCHEMES, CountSchedule, DrawSpec, count_tables, prompt_threshold
+from .schedule import (
+    HARMONIC,
+    SCHEDULES,
+    SCHEMES,
+    CountSchedule,
+    CountSpec,
+    DrawSpec,
+    MaskSpec,
+    count_tables,
+    prompt_threshold,
+)
 
 
 def random_mask(
@@ -68,7 +78,7 @@ def random_mask(
     if probability > 0 and prompt_mask is None:
         raise ValueError("prompt_mask_prob > 0 needs prompt_mask [B, T] bool")
     resolved = resolve(backend, input_ids.device)
-    lengths, max_id = check_response(input_ids, response_mask, prompt_mask, mask_token_id, n_mc)
+    lengths, max_id = check_response(input_ids, response_mask, prompt_mask, mask_token_id, n_mc, resolved)
     if sample_ids is None:
         sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
     spec = _spec(scheme, schedule, n_mc, lo, hi, seed, mask_token_id, probability, lengths, input_ids.device)
@@ -79,7 +89,7 @@ def make_spec(
     scheme: str, schedule: str | CountSchedule, n_mc: int, seed: int, mask_token_id: int, lengths: list[int],
     device: torch.device,
 ) -> DrawSpec:  # fmt: skip
-    """A validated spec of all n_mc samples; the estimators cut ranges out of it."""
+    """A validated spec of all n_mc samples; the estimators cut parts out of it."""
     n_mc, seed, mask_token_id = _check_numbers(n_mc, seed, mask_token_id)
     _check_law(scheme, schedule, n_mc)
     return _spec(scheme, schedule, n_mc, 0, n_mc, seed, mask_token_id, 0.0, lengths, device)
@@ -95,18 +105,17 @@ def draw_unchecked(
     max_id: int,
 ) -> MaskDraw:
     """The draw itself, for inputs that were checked; one host read (the number of rows of each segment)."""
-    signed_seed = spec.seed - 2**64 if spec.seed >= 2**63 else spec.seed
-    noisy, count, weight = ops.mask_select(
-        input_ids, response_mask, prompt_mask, sample_ids, spec.thresholds, spec.table_weights, spec.table_start,
-        spec.scheme, spec.schedule, spec.n_mc, spec.lo, spec.hi, signed_seed, spec.mask_token_id,
-        spec.prompt_threshold, backend,
+    c, m = spec.counts, spec.masks
+    seed = ops.signed(c.seed)
+    count, weight, offsets = ops.mask_counts(
+        response_mask, sample_ids, c.thresholds, c.table_weights, c.table_start, c.scheme, c.schedule, c.n_mc,
+        c.lo, c.hi, seed, backend,
     )  # fmt: skip
-    offsets = torch.zeros(count.numel() + 1, dtype=torch.int64, device=count.device)
-    torch.cumsum(count.flatten(), 0, out=offsets[1:])
     host_offsets = tuple(offsets.tolist())
-    rows, targets = ops.mask_rows(
-        noisy, input_ids, response_mask, offsets, spec.mask_token_id, host_offsets[-1], backend
-    )
+    noisy, rows, targets = ops.mask_draw(
+        input_ids, response_mask, prompt_mask, sample_ids, offsets, host_offsets[-1], m.coupled, m.lo, m.hi, seed,
+        m.mask_token_id, m.prompt_threshold, backend,
+    )  # fmt: skip
     return MaskDraw(noisy, rows, targets, offsets, weight, count, host_offsets, max_id)
 
 
@@ -114,12 +123,12 @@ def _spec(
     scheme: str, schedule: str | CountSchedule, n_mc: int, lo: int, hi: int, seed: int, mask_token_id: int,
     probability: float, lengths: list[int], device: torch.device,
 ) -> DrawSpec:  # fmt: skip
-    threshold = prompt_threshold(probability)
+    masks = MaskSpec(scheme == "coupled", lo, hi, seed, mask_token_id, prompt_threshold(probability))
     law = HARMONIC if schedule == "harmonic" else schedule
     if not isinstance(law, CountSchedule):
-        return DrawSpec(scheme, law, n_mc, lo, hi, seed, mask_token_id, threshold)
+        return DrawSpec(CountSpec(scheme, law, n_mc, lo, hi, seed), masks)
     tables = (t.to(device) for t in count_tables(law, lengths, n_mc))
-    return DrawSpec(scheme, "table", n_mc, lo, hi, seed, mask_token_id, threshold, *tables)
+    return DrawSpec(CountSpec(scheme, "table", n_mc, lo, hi, seed, *tables), masks)
 
 
 def check_draw_tensors(input_ids: Any, response_mask: Any, sample_ids: Any, prompt_mask: Any) -> None:
@@ -175,28 +184,25 @@ def _check_range(mc_range: Any, n_mc: int) -> tuple[int, int]:
 
 
 def check_response(
-    input_ids: Tensor, response_mask: Tensor, prompt_mask: Tensor | None, mask_token_id: int, n_mc: int
+    input_ids: Tensor, response_mask: Tensor, prompt_mask: Tensor | None, mask_token_id: int, n_mc: int, backend: str
 ) -> tuple[list[int], int]:
     """Checks of tensor values, and the response lengths and largest response id on the host: one host read in all."""
     if input_ids.numel() == 0:
         raise ValueError(f"input_ids holds no token: shape {list(input_ids.shape)}")
-    held = response_mask & (input_ids == mask_token_id)
-    overlap = held if prompt_mask is None else prompt_mask & response_mask
-    largest = torch.where(response_mask, input_ids, 0).amax()
-    facts = torch.stack((*input_ids.aminmax(), largest, held.any().long(), overlap.any().long()))
-    *lengths, lowest, highest, max_id, any_held, any_overlap = torch.cat((response_mask.sum(-1), facts)).tolist()
-    if 0 in lengths:
-        rows = [b for b, length in enumerate(lengths) if length == 0]
+    facts = engine("masks", backend).inspect(input_ids, response_mask, prompt_mask, mask_token_id)
+    if 0 in facts.lengths:
+        rows = [b for b, length in enumerate(facts.lengths) if length == 0]
         raise ValueError(f"response_mask has no True in row(s) {rows[:8]}: a sequence needs a response token")
-    if n_mc * (max(lengths) + 1) >= 2**31:
-        raise ValueError(f"n_mc * (L + 1) must stay below 2^31, got n_mc={n_mc} and L={max(lengths)}")
-    if lowest < 0 or highest > MAX_ID:
+    if n_mc * (max(facts.lengths) + 1) >= 2**31:
+        raise ValueError(f"n_mc * (L + 1) must stay below 2^31, got n_mc={n_mc} and L={max(facts.lengths)}")
+    if facts.lowest < 0 or facts.highest > MAX_ID:
         check.ids_in_range("input_ids", input_ids, 0, MAX_ID + 1, "token ids")
-    if any_held:
+    if facts.held:
+        held = response_mask & (input_ids == mask_token_id)
         raise ValueError(
             f"the response of row(s) {held.any(-1).nonzero().flatten()[:8].tolist()} already holds the mask token "
             f"{mask_token_id}: it cannot be scored there; leave those positions out of response_mask"
         )
-    if any_overlap and prompt_mask is not None:
+    if facts.overlap:
         raise ValueError("prompt_mask and response_mask overlap: a token is either prompt or response")
-    return lengths, max_id
+    return facts.lengths, facts.largest_response

@@ -10,10 +10,12 @@ in 16-bit halves. This is written to be read, not to be fast.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from .schedule import DrawSpec
+from .schedule import CountSpec, MaskSpec
 
 M32 = 0xFFFFFFFF
 KEYS, COUNTS, PROMPT = 0, 1, 2  # purposes
@@ -49,32 +51,108 @@ def words(position: Tensor, j: Tensor, sample_id: Tensor, purpose: int, seed: in
     return w0, w1
 
 
-def _counts(lengths: Tensor, sample_ids: Tensor, spec: DrawSpec) -> tuple[Tensor, Tensor]:
-    """Mask counts l [B, m] (for coupled: the pair's l) and r_j, the count word of each sample."""
+class Facts(NamedTuple):
+    """What a draw must know of its inputs on the host."""
+
+    lengths: list[int]  # response tokens of every sequence
+    lowest: int  # of all ids
+    highest: int
+    largest_response: int  # of the response's ids
+    held: bool  # the response holds the mask token
+    overlap: bool  # response_mask and prompt_mask share a token
+
+
+def inspect(
+    input_ids: Tensor,  # [B, T] int64
+    response_mask: Tensor,  # [B, T] bool
+    prompt_mask: Tensor | None,  # [B, T] bool
+    mask_token_id: int,
+) -> Facts:
+    """The facts of a batch, by one read from the device."""
+    held = (response_mask & (input_ids == mask_token_id)).any()
+    overlap = torch.zeros_like(held) if prompt_mask is None else (prompt_mask & response_mask).any()
+    largest = torch.where(response_mask, input_ids, 0).amax()
+    numbers = torch.stack((*input_ids.aminmax(), largest, held.long(), overlap.long()))
+    *lengths, lowest, highest, most, any_held, any_overlap = torch.cat((response_mask.sum(-1), numbers)).tolist()
+    return Facts(lengths, lowest, highest, most, bool(any_held), bool(any_overlap))
+
+
+def _drawn(lengths: Tensor, sample_ids: Tensor, spec: CountSpec) -> Tensor:
+    """Masked tokens [B, m] of every scheme but Bernoulli."""
     j = torch.arange(spec.lo, spec.hi, device=lengths.device)
-    zero = torch.zeros_like(j)
-    r = words(zero[None], j[None], sample_ids[:, None], COUNTS, spec.seed)[0]
     length = lengths[:, None]
+    if spec.scheme == "full":
+        return length.expand(-1, spec.samples)
     if spec.scheme == "coupled":
         pair = j // 2
-        r = words(zero[None], (2 * pair)[None], sample_ids[:, None], COUNTS, spec.seed)[0]
+        r = _count_words(2 * pair, sample_ids, spec.seed)
         if spec.schedule == "uniform":
-            return (r * (length + 1)) >> 32, r
-        return (((pair << 32) + r) * (length + 1)) // ((spec.n_mc // 2) << 32), r
+            l_pair = (r * (length + 1)) >> 32
+        else:
+            l_pair = (((pair << 32) + r) * (length + 1)) // ((spec.n_mc // 2) << 32)
+        return torch.where(j % 2 == 1, length - l_pair, l_pair)
+    r = _count_words(j, sample_ids, spec.seed)
     if spec.schedule == "uniform":
-        return 1 + ((r * length) >> 32), r
+        return 1 + ((r * length) >> 32)
     u = (j << 32) + r
     if spec.schedule == "stratified":
-        return 1 + (u * length) // (spec.n_mc << 32), r
+        return 1 + (u * length) // (spec.n_mc << 32)
     assert spec.thresholds is not None and spec.table_start is not None
     count = torch.empty_like(u)
     for b, size in enumerate(lengths.tolist()):
         start = int(spec.table_start[b])
         count[b] = 1 + torch.searchsorted(spec.thresholds[start : start + size], u[b], right=True)
-    return count, r
+    return count
 
 
-def _select_smallest(key_hi: Tensor, key_lo: Tensor, count: Tensor) -> Tensor:
+def _count_words(j: Tensor, sample_ids: Tensor, seed: int) -> Tensor:
+    """r_j [B, m], the word that decides a count."""
+    return words(torch.zeros_like(j)[None], j[None], sample_ids[:, None], COUNTS, seed)[0]
+
+
+def _weights(count: Tensor, lengths: Tensor, spec: CountSpec) -> Tensor:
+    """Token weights [B, m] of every scheme but Bernoulli, divided in fp64 and rounded once."""
+    length = lengths[:, None].double()
+    if spec.scheme == "full":
+        return torch.ones(count.shape, device=count.device)
+    if spec.scheme == "coupled":
+        return torch.where(count > 0, (length + 1.0) / count.double(), 0.0).float()
+    if spec.schedule == "table":
+        assert spec.table_weights is not None and spec.table_start is not None
+        return spec.table_weights[spec.table_start[:, None] + count - 1]
+    return (length / count.double()).float()
+
+
+def _bernoulli(lengths: Tensor, sample_ids: Tensor, spec: CountSpec) -> tuple[Tensor, Tensor]:
+    """Counts and weights [B, m]: how many of a response's words 0 are below q, and 1/t = 2^32 / q."""
+    j = torch.arange(spec.lo, spec.hi, device=lengths.device)
+    r = _count_words(j, sample_ids, spec.seed)
+    q = r + 1 if spec.schedule == "uniform" else torch.clamp(((j << 32) + r + 1) // spec.n_mc, min=1)
+    count = torch.empty_like(q)
+    for b, length in enumerate(lengths.tolist()):
+        position = torch.arange(length, device=lengths.device)
+        w0, _ = words(position[None], j[:, None], sample_ids[b], KEYS, spec.seed)
+        count[b] = (w0 < q[b, :, None]).sum(-1)
+    return count, (2.0**32 / q.double()).float()
+
+
+def draw_counts(
+    response_mask: Tensor,  # [B, T] bool
+    sample_ids: Tensor,  # [B] int64
+    spec: CountSpec,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Masked counts ``[B, m] int32``, token weights ``[B, m] fp32``, the counts' running sum ``[B*m + 1] int64``."""
+    lengths = response_mask.sum(-1)
+    if spec.scheme == "bernoulli":
+        count, weight = _bernoulli(lengths, sample_ids, spec)
+    else:
+        count = _drawn(lengths, sample_ids, spec)
+        weight = _weights(count, lengths, spec)
+    offsets = torch.cat((count.new_zeros(1), count.flatten().cumsum(0)))
+    return count.to(torch.int32), weight, offsets
+
+
+def _smallest(key_hi: Tensor, key_lo: Tensor, count: Tensor) -> Tensor:
     """Boolean [m, L]: the ``count`` smallest by (64-bit key, position). Two stable sorts order unsigned 64-bit keys."""
     by_low = torch.sort(key_lo, dim=-1, stable=True).indices
     by_high = torch.sort(key_hi.gather(-1, by_low), dim=-1, stable=True).indices
@@ -83,73 +161,41 @@ def _select_smallest(key_hi: Tensor, key_lo: Tensor, count: Tensor) -> Tensor:
     return torch.zeros_like(ranked).scatter(-1, order, ranked)
 
 
-def _masks_of_response(
-    length: int, sample_id: Tensor, drawn: Tensor, r: Tensor, table_weights: Tensor | None, spec: DrawSpec
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Masked positions [m, L], counts [m] and fp32 token weights [m] of one sequence; drawn, r [m] from _counts."""
-    device = sample_id.device
-    j = torch.arange(spec.lo, spec.hi, device=device)
-    position = torch.arange(length, device=device)
-    if spec.scheme == "full":
-        masked = torch.ones(len(j), length, dtype=torch.bool, device=device)
-        return masked, masked.sum(-1), torch.ones(len(j), device=device)
+def _masked(length: int, sample_id: Tensor, count: Tensor, spec: MaskSpec) -> Tensor:
+    """Which positions of one response are masked [m, L], by samples that mask ``count`` [m] tokens."""
+    j = torch.arange(spec.lo, spec.hi, device=count.device)
+    position = torch.arange(length, device=count.device)
     # Sample 2i+1 of a coupled pair is the complement under the keys of sample 2i.
-    key_sample = 2 * (j // 2) if spec.scheme == "coupled" else j
-    w0, w1 = words(position[None], key_sample[:, None], sample_id, KEYS, spec.seed)
-    if spec.scheme == "bernoulli":
-        q = r + 1 if spec.schedule == "uniform" else torch.clamp(((j << 32) + r + 1) // spec.n_mc, min=1)
-        masked = w0 < q[:, None]
-        return masked, masked.sum(-1), (2.0**32 / q.double()).float()
-    masked = _select_smallest(w0, w1, drawn)
-    if spec.scheme == "coupled":
-        masked = torch.where((j % 2).bool()[:, None], ~masked, masked)
-        count = masked.sum(-1)
-        return masked, count, torch.where(count > 0, (length + 1.0) / count.double(), 0.0).float()
-    if table_weights is not None:
-        return masked, drawn, table_weights[drawn - 1]
-    return masked, drawn, (float(length) / drawn.double()).float()
+    complement = (j % 2 == 1) & spec.coupled
+    w0, w1 = words(position[None], (j - complement.long())[:, None], sample_id, KEYS, spec.seed)
+    return _smallest(w0, w1, torch.where(complement, length - count, count)) != complement[:, None]
 
 
-def select(
+def draw_masks(
     input_ids: Tensor,  # [B, T] int64
     response_mask: Tensor,  # [B, T] bool
     prompt_mask: Tensor | None,  # [B, T] bool
     sample_ids: Tensor,  # [B] int64
-    spec: DrawSpec,
+    segment_offsets: Tensor,  # [B*m + 1] int64, cumulative counts
+    num_rows: int,  # the last of them
+    spec: MaskSpec,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Noisy ids ``[B, m, T]``, masked counts ``[B, m] int32`` and token weights ``[B, m] fp32``."""
+    """Noisy ids ``[B, m, T]``; flat indices into B*m*T of the masked response tokens, ascending, and the tokens they
+    hide, two ``[N] int64``."""
     batch, tokens = input_ids.shape
-    noisy = input_ids[:, None, :].repeat(1, spec.samples, 1)
-    count = torch.zeros(batch, spec.samples, dtype=torch.int32, device=input_ids.device)
-    weight = torch.zeros(batch, spec.samples, dtype=torch.float32, device=input_ids.device)
-    drawn, r = _counts(response_mask.sum(-1), sample_ids, spec)
+    device = input_ids.device
+    count = segment_offsets.diff().view(batch, spec.samples)
+    masked = torch.zeros(batch, spec.samples, tokens, dtype=torch.bool, device=device)
     for b in range(batch):
         where = response_mask[b].nonzero().flatten()
-        table = None
-        if spec.schedule == "table":
-            assert spec.table_weights is not None and spec.table_start is not None
-            table = spec.table_weights[int(spec.table_start[b]) :].to(input_ids.device)
-        masked, count[b], weight[b] = _masks_of_response(len(where), sample_ids[b], drawn[b], r[b], table, spec)
-        noisy[b][:, where] = torch.where(masked, spec.mask_token_id, input_ids[b, where][None])
+        masked[b][:, where] = _masked(len(where), sample_ids[b], count[b], spec)
+    clean = input_ids[:, None].expand(-1, spec.samples, -1)
+    rows = masked.flatten().nonzero().flatten()
+    assert len(rows) == num_rows
+    noisy = torch.where(masked, spec.mask_token_id, clean)
     if prompt_mask is not None and spec.prompt_threshold:
-        j = torch.arange(spec.lo, spec.hi, device=input_ids.device)[None, :, None]
-        index = torch.arange(tokens, device=input_ids.device)[None, None, :]
+        j = torch.arange(spec.lo, spec.hi, device=device)[None, :, None]
+        index = torch.arange(tokens, device=device)[None, None, :]
         w0, _ = words(index, j, sample_ids[:, None, None], PROMPT, spec.seed)
         noisy = torch.where(prompt_mask[:, None] & (w0 < spec.prompt_threshold), spec.mask_token_id, noisy)
-    return noisy, count, weight
-
-
-def emit_rows(
-    noisy_ids: Tensor,  # [B, m, T]
-    input_ids: Tensor,  # [B, T]
-    response_mask: Tensor,  # [B, T]
-    segment_offsets: Tensor,  # [B*m + 1]
-    mask_token_id: int,
-    num_rows: int,
-) -> tuple[Tensor, Tensor]:
-    """Flat indices into B*m*T of the masked response tokens, ascending, and the tokens they hide."""
-    masked = (noisy_ids == mask_token_id) & response_mask[:, None]
-    rows = masked.flatten().nonzero().flatten()
-    targets = input_ids[:, None].expand_as(noisy_ids).reshape(-1)[rows]
-    assert len(rows) == num_rows
-    return rows, targets
+    return noisy, rows, clean.reshape(-1)[rows]

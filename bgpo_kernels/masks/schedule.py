@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -97,8 +97,8 @@ def _cached_table(schedule: CountSchedule, length: int, n_mc: int) -> tuple[Tens
 
 
 @dataclass(frozen=True)
-class DrawSpec:
-    """Everything but the tensors of a draw, as plain numbers: what a backend's ``select`` is told.
+class CountSpec:
+    """The law over counts as plain numbers: what a backend's ``draw_counts`` is told of samples lo..hi-1 of n_mc.
 
     ``schedule`` is "uniform", "stratified" or "table". For "table", sequence b of length L owns the entries
     ``table_start[b] : table_start[b] + L`` of ``thresholds`` and ``table_weights``.
@@ -110,8 +110,6 @@ class DrawSpec:
     lo: int
     hi: int
     seed: int
-    mask_token_id: int
-    prompt_threshold: int = 0  # a prompt token is masked where its 32-bit word is below this (up to 2^32)
     thresholds: Tensor | None = None  # [K] int64
     table_weights: Tensor | None = None  # [K] fp32
     table_start: Tensor | None = None  # [B] int64
@@ -120,6 +118,41 @@ class DrawSpec:
     def samples(self) -> int:
         """Number of samples drawn, hi - lo."""
         return self.hi - self.lo
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """What a backend's ``draw_masks`` is told, the counts being known: samples lo..hi-1 under a seed.
+
+    A segment masks the tokens with the smallest keys, as many as its count says. With ``coupled``, sample 2i + 1 masks
+    all but the L - count smallest under the keys of sample 2i.
+    """
+
+    coupled: bool
+    lo: int
+    hi: int
+    seed: int
+    mask_token_id: int
+    prompt_threshold: int = 0  # a prompt token is masked where its 32-bit word is below this (up to 2^32)
+
+    @property
+    def samples(self) -> int:
+        """Number of samples drawn, hi - lo."""
+        return self.hi - self.lo
+
+
+@dataclass(frozen=True)
+class DrawSpec:
+    """Everything but the tokens of a draw."""
+
+    counts: CountSpec
+    masks: MaskSpec
+
+    def part(self, b: int, lo: int, hi: int) -> DrawSpec:
+        """Samples lo..hi-1 of sequence b alone."""
+        start = self.counts.table_start
+        counts = replace(self.counts, lo=lo, hi=hi, table_start=None if start is None else start[b : b + 1])
+        return DrawSpec(counts, replace(self.masks, lo=lo, hi=hi))
 
 
 def count_tables(schedule: CountSchedule, lengths: Sequence[int], n_mc: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,24 +1,23 @@
-"""Mask stream, version 1, in Triton: three integer kernels, bit-equal to ``reference``.
+"""Mask stream, version 1, in Triton: two integer kernels, bit-equal to ``reference``.
 
-**Every scheme is one comparison.** A token is masked iff ``(key, position) < (boundary_key, boundary_position)`` in
-lexicographic order, key being its 64-bit selection word (for the second sample of a coupled pair: iff not):
+``_counts_kernel`` says how many tokens each sample masks; it alone knows schemes and schedules. ``_masks_kernel`` does
+the rest, one program per sample.
 
-    exact, coupled   boundary_key: a value that exactly l keys do not exceed; position decides only among equal keys
-    bernoulli        (q << 32) - 1, since w0 < q  <=>  key <= (q << 32) - 1; q = 2^32 wraps to the largest key
-    full             the largest key
+**Every mask is one comparison.** A token is masked iff ``(key, position) < (bound, end)`` in lexicographic order, key
+being its 64-bit selection word (for the second sample of a coupled pair: iff not). ``bound`` is a value that exactly l
+keys do not exceed, and position decides only among equal keys.
 
-``_boundary_kernel`` (one program per sample) finds that pair, ``_noise_kernel`` (one program per block of tokens)
-applies it, and neither needs to see the other's tokens.
-
-**Keys are recomputed, never stored.** Keys are uniform, so interpolating for the boundary and stopping as soon as the
+**Keys are recomputed, never stored.** Keys are uniform, so interpolating for the bound and stopping as soon as the
 count is exactly l takes about 3.5 passes at L = 64 and 5.5 at L = 32768 (simulated; bisecting all bits takes 64). So
 few make recomputation, at some 60 integer instructions a key, the simple choice: one code path serves every L without
 shared memory, where holding 64-bit keys would fill a whole register file (256 KiB) at L = 32768. Every fourth pass
-halves the interval, so the search ends even where keys tie; a tie at the boundary is then filled in position order, and
-exactly l tokens are always masked.
+halves the interval, so the search ends even where keys tie; a tie at the bound is then filled in position order, and
+exactly l tokens are always masked. Then the program walks its row left to right once more, so that rows come out
+ascending.
 
-Bytes per token and sample: 12 read (13 with a prompt mask) and 8 written; 20 per sample for the boundary. Everything is
-integer arithmetic except the weights, formed in fp64 and rounded once to fp32. Nothing waits for the device.
+Bytes per token and sample: 10 read (11 with a prompt mask), of which n samples share all from cache, and 8 written; 16
+per masked row. Everything is integer arithmetic except the weights, formed in fp64 and rounded once to fp32. Nothing
+waits for the device.
 """
 
 from __future__ import annotations
@@ -29,7 +28,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton_philox import COUNTS, KEYS, PROMPT, seed_words, stream_words
-from .schedule import DrawSpec
+from .reference import inspect
+from .schedule import CountSpec, MaskSpec
+
+__all__ = ["draw_counts", "draw_masks", "inspect"]
 
 MAX_BLOCK = 1024  # tokens per program and pass: 8 keys in flight per thread of 4 warps
 
@@ -152,17 +154,28 @@ def _token_weight(count, length, table_weights, SCHEME: tl.constexpr, SCHEDULE: 
     return weight.to(tl.float32)
 
 
+@triton.jit
+def _response_length(response_mask, tokens, BLOCK: tl.constexpr):
+    """Number of response tokens of one row."""
+    found = tl.zeros([BLOCK], tl.int32)
+    start = 0
+    while start < tokens:
+        column = start + tl.arange(0, BLOCK)
+        found += tl.load(response_mask + column, mask=column < tokens, other=0).to(tl.int32)
+        start += BLOCK
+    return tl.sum(found, 0).to(tl.int64)
+
+
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "first_sample"])
-def _boundary_kernel(
+def _counts_kernel(
+    response_mask,  # [B, T] bool
     sample_ids,  # [B] int64
-    lengths,  # [B] int64, number of response tokens
     thresholds,  # [K] int64 or None
     table_weights,  # [K] fp32 or None
     table_start,  # [B] int64 or None
-    boundary_key,  # [B, m] int64 out: the bits of a uint64
-    boundary_position,  # [B, m] int32 out
     counts,  # [B, m] int32 out
     weights,  # [B, m] fp32 out
+    tokens,
     seed_low,
     seed_high,
     first_sample,
@@ -173,51 +186,47 @@ def _boundary_kernel(
     BLOCK: tl.constexpr,
 ):
     segment = tl.program_id(0)
-    row = segment // samples
+    row = (segment // samples).to(tl.int64)
     j = (first_sample + segment % samples).to(tl.int64)
     sample_id = tl.load(sample_ids + row)
-    length = tl.load(lengths + row)
-    # Both samples of a coupled pair share the count word and the keys of the even one.
-    key_sample = j - j % 2 if SCHEME == "coupled" else j
+    length = _response_length(response_mask + row * tokens, tokens, BLOCK)
     if SCHEDULE == "table":
         table = tl.load(table_start + row)
         thresholds += table
         table_weights += table
-    word, _ = stream_words(j * 0, key_sample, sample_id, seed_low, seed_high, COUNTS)
+    # Both samples of a coupled pair share the count word of the even one.
+    word, _ = stream_words(
+        j * 0, j - j % 2 if SCHEME == "coupled" else j, sample_id, seed_low, seed_high, COUNTS
+    )  # fmt: skip
     r = word.to(tl.int64)
 
-    end = length
     if SCHEME == "full":
-        bound = _largest_key()
         count = length
         weight = 1.0
     elif SCHEME == "bernoulli":
         q = r + 1 if SCHEDULE == "uniform" else tl.maximum(((j << 32) + r + 1) // n_mc, 1)
-        bound = (q.to(tl.uint64) << 32) - 1
-        count = _count_not_above(bound, length, key_sample, sample_id, seed_low, seed_high, BLOCK)
+        # w0 < q  <=>  key <= (q << 32) - 1, and q = 2^32 wraps to the largest key
+        count = _count_not_above((q.to(tl.uint64) << 32) - 1, length, j, sample_id, seed_low, seed_high, BLOCK)
         weight = (4294967296.0 / q.to(tl.float64)).to(tl.float32)
     else:
         count = _drawn_count(j, r, length, n_mc, thresholds, SCHEME, SCHEDULE, BLOCK)
-        bound, end = _boundary_of(count, length, key_sample, sample_id, seed_low, seed_high, BLOCK)
         if SCHEME == "coupled":
             count = tl.where(j % 2 == 1, length - count, count)
         weight = _token_weight(count, length, table_weights, SCHEME, SCHEDULE)
-
-    tl.store(boundary_key + segment, bound.to(tl.int64, bitcast=True))
-    tl.store(boundary_position + segment, end.to(tl.int32))
     tl.store(counts + segment, count.to(tl.int32))
     tl.store(weights + segment, weight)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "first_sample"])
-def _noise_kernel(
+def _masks_kernel(
     input_ids,  # [B, T] int64
-    positions,  # [B, T] int32: rank within the response, -1 outside it
+    response_mask,  # [B, T] bool
     prompt_mask,  # [B, T] bool or None
     sample_ids,  # [B] int64
-    boundary_key,  # [B, m] int64
-    boundary_position,  # [B, m] int32
+    segment_offsets,  # [B*m + 1] int64
     noisy_ids,  # [B, m, T] int64 out
+    rows,  # [N] int64 out
+    targets,  # [N] int64 out
     tokens,
     mask_token_id,
     prompt_threshold,
@@ -229,60 +238,45 @@ def _noise_kernel(
     PROMPT_NOISE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(tokens, BLOCK)
-    segment = (tl.program_id(0) // blocks).to(tl.int64)
-    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = column < tokens
-    row = segment // samples
-    j = first_sample + segment % samples
-    key_sample = j - j % 2 if COUPLED else j
-    sample_id = tl.load(sample_ids + row)
-    ids = tl.load(input_ids + row * tokens + column, mask=inside)
-    position = tl.load(positions + row * tokens + column, mask=inside, other=-1)
-
-    key = _selection_key(position, key_sample, sample_id, seed_low, seed_high)
-    bound = tl.load(boundary_key + segment).to(tl.uint64, bitcast=True)
-    end = tl.load(boundary_position + segment)
-    masked = (key < bound) | ((key == bound) & (position < end))
-    if COUPLED:
-        masked = masked != (j % 2 == 1)
-    masked = masked & (position >= 0)
-    if PROMPT_NOISE:
-        word, _ = stream_words(column, j, sample_id, seed_low, seed_high, PROMPT)
-        prompt = tl.load(prompt_mask + row * tokens + column, mask=inside, other=0) != 0
-        masked = masked | (prompt & (word.to(tl.int64) < prompt_threshold))
-    tl.store(noisy_ids + segment * tokens + column, tl.where(masked, mask_token_id, ids), mask=inside)
-
-
-@triton.jit
-def _emit_kernel(
-    noisy_ids,  # [B, m, T] int64
-    input_ids,  # [B, T] int64
-    response_mask,  # [B, T] bool
-    segment_offsets,  # [B*m + 1] int64
-    rows,  # [N] int64 out
-    targets,  # [N] int64 out
-    tokens,
-    samples,
-    mask_token_id,
-    BLOCK: tl.constexpr,
-):
-    """One program walks one segment left to right, so that its rows come out ascending."""
     segment = tl.program_id(0).to(tl.int64)
     row = segment // samples
-    base = tl.load(segment_offsets + segment)
+    j = first_sample + segment % samples
+    sample_id = tl.load(sample_ids + row)
+    input_ids += row * tokens
+    response_mask += row * tokens
+    noisy_ids += segment * tokens
+    place = tl.load(segment_offsets + segment)
+    wanted = tl.load(segment_offsets + segment + 1) - place
+    length = _response_length(response_mask, tokens, BLOCK)
+    key_sample = j
+    if COUPLED:  # the second sample of a pair masks what the first one leaves
+        key_sample = j - j % 2
+        wanted = tl.where(j % 2 == 1, length - wanted, wanted)
+    bound, end = _boundary_of(wanted, length, key_sample, sample_id, seed_low, seed_high, BLOCK)
+
+    position = length * 0 - 1
     start = 0
     while start < tokens:
         column = start + tl.arange(0, BLOCK)
         inside = column < tokens
-        noisy = tl.load(noisy_ids + segment * tokens + column, mask=inside, other=0)
-        response = tl.load(response_mask + row * tokens + column, mask=inside, other=0) != 0
-        masked = inside & response & (noisy == mask_token_id)
-        slot = base + tl.cumsum(masked.to(tl.int32), 0) - 1
-        hidden = tl.load(input_ids + row * tokens + column, mask=masked)
+        ids = tl.load(input_ids + column, mask=inside)
+        response = tl.load(response_mask + column, mask=inside, other=0).to(tl.int32)
+        positions = position + tl.cumsum(response, 0)
+        key = _selection_key(positions, key_sample, sample_id, seed_low, seed_high)
+        masked = (key < bound) | ((key == bound) & (positions < end))
+        if COUPLED:
+            masked = masked != (j % 2 == 1)
+        masked = masked & (response == 1)
+        slot = place + tl.cumsum(masked.to(tl.int32), 0) - 1
         tl.store(rows + slot, segment * tokens + column, mask=masked)
-        tl.store(targets + slot, hidden, mask=masked)
-        base += tl.sum(masked.to(tl.int32), 0)
+        tl.store(targets + slot, ids, mask=masked)
+        place += tl.sum(masked.to(tl.int32), 0)
+        position += tl.sum(response, 0)
+        if PROMPT_NOISE:
+            word, _ = stream_words(column, j, sample_id, seed_low, seed_high, PROMPT)
+            prompt = tl.load(prompt_mask + row * tokens + column, mask=inside, other=0) != 0
+            masked = masked | (prompt & (word.to(tl.int64) < prompt_threshold))
+        tl.store(noisy_ids + column, tl.where(masked, mask_token_id, ids), mask=inside)
         start += BLOCK
 
 
@@ -292,65 +286,55 @@ def _tile(tokens: int) -> tuple[int, int]:
     return block, max(1, block // 256)
 
 
-def select(
+def draw_counts(
+    response_mask: Tensor,  # [B, T] bool
+    sample_ids: Tensor,  # [B] int64
+    spec: CountSpec,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Masked counts ``[B, m] int32``, token weights ``[B, m] fp32``, the counts' running sum ``[B*m + 1] int64``."""
+    batch, tokens = response_mask.shape
+    device = response_mask.device
+    segments = batch * spec.samples
+    count = torch.empty(batch, spec.samples, dtype=torch.int32, device=device)
+    weight = torch.empty(batch, spec.samples, dtype=torch.float32, device=device)
+    offsets = torch.zeros(segments + 1, dtype=torch.int64, device=device)
+    if segments:
+        table = [None if t is None else t.to(device) for t in (spec.thresholds, spec.table_weights, spec.table_start)]
+        block, warps = _tile(tokens)
+        with torch.cuda.device_of(response_mask):
+            _counts_kernel[(segments,)](
+                response_mask.contiguous(), sample_ids.contiguous(), *table, count, weight,
+                tokens, *seed_words(spec.seed), spec.lo, spec.samples, spec.n_mc,
+                SCHEME=spec.scheme, SCHEDULE=spec.schedule, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
+            )  # fmt: skip
+        torch.cumsum(count.flatten(), 0, out=offsets[1:])
+    return count, weight, offsets
+
+
+def draw_masks(
     input_ids: Tensor,  # [B, T] int64
     response_mask: Tensor,  # [B, T] bool
     prompt_mask: Tensor | None,  # [B, T] bool
     sample_ids: Tensor,  # [B] int64
-    spec: DrawSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Noisy ids ``[B, m, T]``, masked counts ``[B, m] int32`` and token weights ``[B, m] fp32``."""
-    batch, tokens = input_ids.shape
-    device = input_ids.device
-    shape = (batch, spec.samples)
-    noisy = torch.empty((*shape, tokens), dtype=torch.int64, device=device)
-    count = torch.empty(shape, dtype=torch.int32, device=device)
-    weight = torch.empty(shape, dtype=torch.float32, device=device)
-    if noisy.numel() == 0:
-        return noisy, count.zero_(), weight.zero_()
-    boundary_key = torch.empty(shape, dtype=torch.int64, device=device)
-    boundary_position = torch.empty(shape, dtype=torch.int32, device=device)
-    rank = response_mask.cumsum(1, dtype=torch.int32)
-    positions = torch.where(response_mask, rank - 1, -1)
-    sample_ids = sample_ids.contiguous()
-    table = [None if t is None else t.to(device) for t in (spec.thresholds, spec.table_weights, spec.table_start)]
-    prompt_noise = prompt_mask is not None and spec.prompt_threshold > 0
-    seed = seed_words(spec.seed)
-    block, warps = _tile(tokens)
-    with torch.cuda.device_of(input_ids):
-        _boundary_kernel[(batch * spec.samples,)](
-            sample_ids, rank[:, -1].long(), *table, boundary_key, boundary_position, count, weight,
-            *seed, spec.lo, spec.samples, spec.n_mc,
-            SCHEME=spec.scheme, SCHEDULE=spec.schedule, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
-        )  # fmt: skip
-        _noise_kernel[(batch * spec.samples * triton.cdiv(tokens, block),)](
-            input_ids.contiguous(), positions, prompt_mask.contiguous() if prompt_noise else None, sample_ids,
-            boundary_key, boundary_position, noisy, tokens, spec.mask_token_id, spec.prompt_threshold,
-            *seed, spec.lo, spec.samples,
-            COUPLED=spec.scheme == "coupled", PROMPT_NOISE=prompt_noise,
-            BLOCK=block, num_warps=warps, enable_fp_fusion=False,
-        )  # fmt: skip
-    return noisy, count, weight
-
-
-def emit_rows(
-    noisy_ids: Tensor,  # [B, m, T] int64
-    input_ids: Tensor,  # [B, T] int64
-    response_mask: Tensor,  # [B, T] bool
     segment_offsets: Tensor,  # [B*m + 1] int64
-    mask_token_id: int,
     num_rows: int,
-) -> tuple[Tensor, Tensor]:
-    """Flat indices into B*m*T of the masked response tokens, ascending, and the tokens they hide: two ``[N] int64``."""
-    batch, samples, tokens = noisy_ids.shape
-    rows = torch.empty(num_rows, dtype=torch.int64, device=noisy_ids.device)
+    spec: MaskSpec,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy ids ``[B, m, T]``; flat indices into B*m*T of the masked response tokens, ascending, and the tokens they
+    hide, two ``[N] int64``."""
+    batch, tokens = input_ids.shape
+    noisy = torch.empty(batch, spec.samples, tokens, dtype=torch.int64, device=input_ids.device)
+    rows = torch.empty(num_rows, dtype=torch.int64, device=input_ids.device)
     targets = torch.empty_like(rows)
-    if num_rows:
+    if noisy.numel():
+        prompt_noise = prompt_mask is not None and spec.prompt_threshold > 0
         block, warps = _tile(tokens)
-        with torch.cuda.device_of(noisy_ids):
-            _emit_kernel[(batch * samples,)](
-                noisy_ids.contiguous(), input_ids.contiguous(), response_mask.contiguous(),
-                segment_offsets.contiguous(), rows, targets, tokens, samples, mask_token_id,
+        with torch.cuda.device_of(input_ids):
+            _masks_kernel[(batch * spec.samples,)](
+                input_ids.contiguous(), response_mask.contiguous(), prompt_mask.contiguous() if prompt_noise else None,
+                sample_ids.contiguous(), segment_offsets.contiguous(), noisy, rows, targets,
+                tokens, spec.mask_token_id, spec.prompt_threshold, *seed_words(spec.seed), spec.lo, spec.samples,
+                COUPLED=spec.coupled, PROMPT_NOISE=prompt_noise,
                 BLOCK=block, num_warps=warps, enable_fp_fusion=False,
             )  # fmt: skip
-    return rows, targets
+    return noisy, rows, targets

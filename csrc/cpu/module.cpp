@@ -55,20 +55,27 @@ Chunk make_chunk(uintptr_t logits, int type, int64_t rows, int64_t vocab, int64_
             pointer<void>(stats), stats_stride};
 }
 
-// DrawArgs plus where the responses lie, which both passes over the segments need.
+CountArgs make_counts(uintptr_t response, uintptr_t sample_ids, int64_t batch, int64_t tokens, int64_t n, int64_t lo,
+                      int64_t hi, uint64_t seed, int scheme, int schedule, uintptr_t thresholds,
+                      uintptr_t table_weights, uintptr_t table_start) {
+    return {pointer<const uint8_t>(response), pointer<const int64_t>(sample_ids), batch, tokens, n, lo, hi, seed, scheme,
+            schedule, pointer<const int64_t>(thresholds), pointer<const float>(table_weights),
+            pointer<const int64_t>(table_start)};
+}
+
+// DrawArgs plus where the responses lie.
 struct Draw {
     std::vector<Response> responses;
     std::vector<std::vector<int64_t>> scattered;  // indices of responses that are not one run
     DrawArgs args;
 
-    Draw(uintptr_t ids, uintptr_t response, uintptr_t prompt, uintptr_t sample_ids, int64_t batch, int64_t tokens,
-         int64_t n, int64_t lo, int64_t hi, uint64_t seed, int64_t mask_token_id, int scheme, int schedule,
-         int64_t prompt_threshold, uintptr_t thresholds, uintptr_t table_weights, uintptr_t table_start) {
+    Draw(uintptr_t ids, uintptr_t response, uintptr_t prompt, uintptr_t sample_ids, uintptr_t offsets, int64_t batch,
+         int64_t tokens, int64_t lo, int64_t hi, uint64_t seed, int64_t mask_token_id, bool coupled,
+         int64_t prompt_threshold) {
         for (int64_t b = 0; b < batch; ++b) locate(pointer<const uint8_t>(response) + b * tokens, tokens);
         args = {pointer<const int64_t>(ids), responses.data(), pointer<const uint8_t>(prompt),
-                pointer<const int64_t>(sample_ids), batch, tokens, n, lo, hi, seed, mask_token_id, scheme, schedule,
-                prompt_threshold, pointer<const int64_t>(thresholds), pointer<const float>(table_weights),
-                pointer<const int64_t>(table_start)};
+                pointer<const int64_t>(sample_ids), pointer<const int64_t>(offsets), batch, tokens, lo, hi, seed,
+                mask_token_id, coupled, prompt_threshold};
     }
     Draw(const Draw&) = delete;
     Draw& operator=(const Draw&) = delete;
@@ -101,6 +108,21 @@ void advise_huge_pages(uintptr_t address, size_t bytes) {
 #endif
 }
 
+// (lengths, lowest id, highest id, largest id of a response, mask token held, prompt and response overlap)
+py::tuple call_inspect(uintptr_t ids, uintptr_t response, uintptr_t prompt, int64_t batch, int64_t tokens,
+                       int64_t mask_token_id) {
+    std::vector<int64_t> lengths(batch);
+    Facts f;
+    {
+        const py::gil_scoped_release release;
+        f = active->inspect(pointer<const int64_t>(ids), pointer<const uint8_t>(response),
+                            pointer<const uint8_t>(prompt), batch, tokens, mask_token_id, lengths.data());
+    }
+    py::list found(batch);
+    for (int64_t b = 0; b < batch; ++b) found[b] = lengths[b];
+    return py::make_tuple(found, f.lowest, f.highest, f.largest_response, f.held, f.overlap);
+}
+
 py::tuple philox_words(uint32_t x, uint32_t y, uint32_t z, uint32_t w, uint64_t seed) {
     const Words r = philox({x, y, z, w}, seed);
     return py::make_tuple(r.x, r.y, r.z, r.w);
@@ -130,9 +152,10 @@ PYBIND11_MODULE(_cpu, m) {
     m.attr("LOGIT_DOUBLE") = static_cast<int>(LogitType::kDouble);
 
     py::class_<Chunk>(m, "Chunk").def(py::init(&make_chunk));
+    py::class_<CountArgs>(m, "Counts").def(py::init(&make_counts));
     py::class_<Draw>(m, "Draw")
-        .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, uint64_t,
-                      int64_t, int, int, int64_t, uintptr_t, uintptr_t, uintptr_t>());
+        .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t,
+                      uint64_t, int64_t, bool, int64_t>());
 
     m.def("isa", [] { return std::string(active->name); });
     m.def("use_kernels", &use_kernels);
@@ -143,13 +166,12 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("dlogits", [](const Chunk& c, uintptr_t grad_logprob, uintptr_t grad_entropy, int threads) {
         active->dlogits(c, pointer<const void>(grad_logprob), pointer<const void>(grad_entropy), threads);
     }, release());
-    m.def("select", [](const Draw& d, uintptr_t noisy, uintptr_t count, uintptr_t weight, int threads) {
-        active->select(d.args, pointer<int64_t>(noisy), pointer<int32_t>(count), pointer<float>(weight), threads);
+    m.def("inspect", &call_inspect);
+    m.def("draw_counts", [](const CountArgs& a, uintptr_t count, uintptr_t weight, uintptr_t offsets, int threads) {
+        active->draw_counts(a, pointer<int32_t>(count), pointer<float>(weight), pointer<int64_t>(offsets), threads);
     }, release());
-    m.def("emit_rows", [](const Draw& d, uintptr_t noisy, uintptr_t offsets, uintptr_t rows, uintptr_t targets,
-                          int threads) {
-        active->emit_rows(d.args, pointer<const int64_t>(noisy), pointer<const int64_t>(offsets), pointer<int64_t>(rows),
-                          pointer<int64_t>(targets), threads);
+    m.def("draw_masks", [](const Draw& d, uintptr_t noisy, uintptr_t rows, uintptr_t targets, int threads) {
+        active->draw_masks(d.args, pointer<int64_t>(noisy), pointer<int64_t>(rows), pointer<int64_t>(targets), threads);
     }, release());
     m.def("segment_sum_f32", &call_segment_sum<float>, release());
     m.def("segment_sum_f64", &call_segment_sum<double>, release());

@@ -28,34 +28,34 @@ struct Chunk {
     int64_t stats_stride;
 };
 
-struct DrawArgs {
-    const int64_t* input_ids;        // [batch, tokens]
-    const uint8_t* response_mask;    // [batch, tokens]
-    const int32_t* response_counts;  // [batch, tokens]: response tokens up to and including this one
-    const uint8_t* prompt_mask;      // [batch, tokens] or null
-    const int64_t* sample_ids;       // [batch]
+struct CountArgs {
+    const uint8_t* response_mask;  // [batch, tokens]
+    const int64_t* sample_ids;     // [batch]
     int64_t batch, tokens, n, lo, hi;
     uint64_t seed;
-    int64_t mask_token_id;
     int scheme, schedule;
-    int64_t prompt_threshold;
-    const int64_t* thresholds;       // count tables, or null
+    const int64_t* thresholds;     // count tables, or null
     const float* table_weights;
-    const int64_t* table_start;      // [batch]
+    const int64_t* table_start;    // [batch]
 };
 
-struct EmitArgs {
-    const int64_t* noisy_ids;      // [batch * samples, tokens]
+struct DrawArgs {
     const int64_t* input_ids;      // [batch, tokens]
     const uint8_t* response_mask;  // [batch, tokens]
-    const int64_t* offsets;        // [batch * samples + 1]
-    int64_t batch, samples, tokens, mask_token_id;
+    const uint8_t* prompt_mask;    // [batch, tokens] or null
+    const int64_t* sample_ids;     // [batch]
+    const int64_t* offsets;        // [batch * (hi - lo) + 1]: where each segment's rows go
+    int64_t batch, tokens, lo, hi;
+    uint64_t seed;
+    int64_t mask_token_id;
+    bool coupled;
+    int64_t prompt_threshold;
 };
 
 void row_statistics(const Queue& queue, const Chunk& chunk, bool entropy);
 void dlogits(const Queue& queue, const Chunk& chunk, const void* grad_logprob, const void* grad_entropy, LogitType out);
-void select(const Queue& queue, const DrawArgs& draw, int64_t* noisy, int32_t* count, float* weight);
-void emit_rows(const Queue& queue, const EmitArgs& args, int64_t* rows, int64_t* targets);
+void draw_counts(const Queue& queue, const CountArgs& args, int32_t* count, float* weight);
+void draw_masks(const Queue& queue, const DrawArgs& args, int64_t* noisy, int64_t* rows, int64_t* targets);
 template <typename T>
 void segment_sum(const Queue& queue, const T* values, const int64_t* offsets, const float* weight, int64_t segments,
                  T* out);

@@ -1,12 +1,14 @@
-// Random masking: noisy ids, counts and weights per segment (sequence b, sample j), then the list of masked rows.
+// Random masking: counts and weights per segment (sequence b, sample j), then, with every segment's place known, noisy
+// ids, rows and targets in one launch.
 //
-// select     One CTA per segment. The l smallest keys are found by radix selection (select.h): two or three passes
-//            over the L keys, recomputed with Philox each time instead of stored (~70 integer instructions against 8
-//            bytes), counted in a shared histogram; integer counts are the same in any order. One more pass writes
-//            the noisy ids. Bytes per segment: 8T written, 13T read (14T with a prompt mask), mostly from L2 as n
-//            segments share them.
-// emit_rows  One CTA per segment: counts per warp, then ascending writes. At most 9T bytes read, twice, the second time
-//            from cache; 16 bytes written and 8 read per row.
+// draw_counts  One CTA per segment. T bytes read, from cache but for the first of a sequence's n samples; 8 written.
+// draw_masks   One CTA per segment, each warp owning a contiguous share of the row. The l smallest keys are found by
+//              radix selection (select.h): two or three passes over the L keys, recomputed with Philox each time instead
+//              of stored (~70 integer instructions against 8 bytes), counted in a shared histogram; integer counts are
+//              the same in any order. One more pass writes the noisy ids and counts the masked ones of every warp; after
+//              one exchange of these the last pass packs rows and targets in ascending order. Bytes per segment: 8T + 16
+//              a masked row written; 10T read (11T with a prompt mask) mostly from L2, as n segments share them; the 9T
+//              of the last pass from L1.
 //
 // Integers throughout; the fp32 weight is divided in fp64. All bits follow from draw.h and stream.h, none from the
 // grid.
@@ -19,14 +21,6 @@ namespace {
 
 constexpr int kThreads = kRadixSize;  // one thread per digit when a histogram is scanned
 constexpr int kWarps = kThreads / kWarp;
-
-// Which positions of a response a segment masks: those selected by the threshold, or all the others.
-struct Rule {
-    SelectionThreshold threshold;
-    bool complement;
-};
-
-constexpr SelectionThreshold kEverything{~uint64_t{0}, kAllTies};
 
 // Keys of a segment, by position in the response.
 struct Keys {
@@ -91,105 +85,131 @@ __device__ bool is_selected(const SelectionThreshold& t, const Keys& keys, int64
     return before < t.ties;
 }
 
-// The segment's rule and weight; `keys` takes the sample whose keys decide.
-__device__ Rule draw_rule(const DrawArgs& a, int64_t b, uint32_t j, int64_t length, Keys& keys, float& weight) {
-    const int64_t at = a.schedule == kTable ? a.table_start[b] : 0;
-    const CountLaw law{a.scheme, a.schedule, a.n, a.thresholds + at, a.table_weights + at};
-    if (a.scheme == kBernoulli) {
-        const BernoulliDraw draw = draw_bernoulli(law, j, keys.sample_id, a.seed);
-        weight = draw.weight;  // word 0 below q = key below q << 32; q = 2^32 wraps to all keys
-        return {{(static_cast<uint64_t>(draw.threshold) << 32) - 1, kAllTies}, false};
+__device__ int lane_id() { return threadIdx.x % kWarp; }
+__device__ int warp_id() { return threadIdx.x / kWarp; }
+
+struct Scan {
+    int before, total;  // of the warps before this one; of all
+};
+
+// One number per warp, in warp order. Every thread gets its warp's result.
+__device__ Scan scan_warps(int mine) {
+    __shared__ int of_warp[kWarps];
+    __syncthreads();  // an earlier scan may still be read
+    if (lane_id() == 0) of_warp[warp_id()] = mine;
+    __syncthreads();
+    Scan s{0, 0};
+    for (int w = 0; w < kWarps; ++w) {
+        if (w < warp_id()) s.before += of_warp[w];
+        s.total += of_warp[w];
     }
-    const Count c = draw_count(law, j, keys.sample_id, a.seed, length);
-    weight = c.weight;
-    if (c.masked == 0 || c.masked == length) return {kEverything, c.masked == 0};
-    keys.j = key_sample(c, j);
-    return {select_smallest(keys, length, c.drawn), c.complement};
+    return s;
 }
 
 __device__ int block_sum(int value) {
-    __shared__ int of_warp[kWarps];
     for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_down_sync(kAllLanes, value, step);
-    if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
-    __syncthreads();
-    int sum = 0;
-    for (int w = 0; w < kWarps; ++w) sum += of_warp[w];
-    return sum;
+    return scan_warps(value).total;
 }
 
-__global__ void __launch_bounds__(kThreads) select_kernel(DrawArgs a, int64_t* noisy, int32_t* count, float* weight) {
-    const int64_t s = blockIdx.x, samples = a.hi - a.lo, b = s / samples, row = b * a.tokens;
+// A warp's contiguous share of a row: [begin, end), walked a lane each.
+struct Share {
+    int64_t begin, end;
+};
+
+__device__ Share share_of_row(int64_t tokens) {
+    const int64_t size = (tokens + kThreads - 1) / kThreads * kWarp, begin = warp_id() * size;
+    return {begin, begin + size < tokens ? begin + size : tokens};
+}
+
+__global__ void __launch_bounds__(kThreads) counts_kernel(CountArgs a, int32_t* count, float* weight) {
+    const int64_t s = blockIdx.x, samples = a.hi - a.lo, b = s / samples, id = a.sample_ids[b];
     const uint32_t j = static_cast<uint32_t>(a.lo + s % samples);
-    const int64_t length = a.response_counts[row + a.tokens - 1];
-    Keys keys{j, a.sample_ids[b], a.seed};
-    float segment_weight;
-    const Rule rule = draw_rule(a, b, j, length, keys, segment_weight);
-    const bool trivial = rule.threshold.key == kEverything.key && rule.threshold.ties == kAllTies;
-    const bool prompts = a.prompt_mask && a.prompt_threshold > 0;
-
-    int masked = 0;
-    for (int64_t t = threadIdx.x; t < a.tokens; t += kThreads) {
-        int64_t id = a.input_ids[row + t];
-        if (a.response_mask[row + t]) {
-            const int64_t position = a.response_counts[row + t] - 1;
-            if ((trivial || is_selected(rule.threshold, keys, position)) != rule.complement) {
-                id = a.mask_token_id;
-                ++masked;
-            }
-        }
-        if (prompts && a.prompt_mask[row + t]) {
-            const Words w = stream_words(static_cast<uint32_t>(t), j, keys.sample_id, kPromptTokens, a.seed);
-            if (static_cast<int64_t>(w.x) < a.prompt_threshold) id = a.mask_token_id;
-        }
-        noisy[s * a.tokens + t] = id;
-    }
-    masked = block_sum(masked);
-    if (threadIdx.x == 0) {
-        count[s] = masked;
-        weight[s] = segment_weight;
+    int response = 0;
+    for (int64_t t = threadIdx.x; t < a.tokens; t += kThreads) response += a.response_mask[b * a.tokens + t];
+    const int64_t length = block_sum(response), at = a.schedule == kTable ? a.table_start[b] : 0;
+    const CountLaw law{a.scheme, a.schedule, a.n, a.thresholds + at, a.table_weights + at};
+    if (a.scheme == kBernoulli) {
+        const BernoulliDraw draw = draw_bernoulli(law, j, id, a.seed);
+        int masked = 0;
+        for (int64_t p = threadIdx.x; p < length; p += kThreads)
+            masked += stream_words(static_cast<uint32_t>(p), j, id, kSelectionKeys, a.seed).x <= draw.last;
+        masked = block_sum(masked);
+        if (threadIdx.x == 0) count[s] = masked, weight[s] = draw.weight;
+    } else if (threadIdx.x == 0) {
+        const Count c = draw_count(law, j, id, a.seed, length);
+        count[s] = static_cast<int32_t>(c.masked);
+        weight[s] = c.weight;
     }
 }
 
-__global__ void __launch_bounds__(kThreads) emit_rows_kernel(EmitArgs a, int64_t* rows, int64_t* targets) {
-    __shared__ int of_warp[kWarps];
-    const int64_t s = blockIdx.x, b = s / a.samples;
-    const int64_t* noisy = a.noisy_ids + s * a.tokens;
-    const int64_t* input = a.input_ids + b * a.tokens;
+// Whether lane by lane the tokens at t are response tokens, as bits; lanes beyond the share are not.
+__device__ unsigned response_lanes(const uint8_t* response, int64_t t, int64_t end) {
+    return __ballot_sync(kAllLanes, t < end && response[t]);
+}
+
+__device__ unsigned lanes_before() { return (1u << lane_id()) - 1; }
+
+__global__ void __launch_bounds__(kThreads) masks_kernel(DrawArgs a, int64_t* noisy, int64_t* rows, int64_t* targets) {
+    const int64_t s = blockIdx.x, samples = a.hi - a.lo, b = s / samples;
+    const uint32_t j = static_cast<uint32_t>(a.lo + s % samples);
+    const int64_t* clean = a.input_ids + b * a.tokens;
     const uint8_t* response = a.response_mask + b * a.tokens;
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    // Each warp owns a contiguous share, so one exchange of counts places them all.
-    const int64_t share = (a.tokens + kThreads - 1) / kThreads * kWarp;
-    const int64_t begin = warp * share, end = begin + share < a.tokens ? begin + share : a.tokens;
-    const auto lanes_masked = [&](int64_t t) {
-        return __ballot_sync(kAllLanes, t < end && response[t] && noisy[t] == a.mask_token_id);
-    };
+    const uint8_t* prompt = a.prompt_mask && a.prompt_threshold > 0 ? a.prompt_mask + b * a.tokens : nullptr;
+    int64_t* row = noisy + s * a.tokens;
+    const Share share = share_of_row(a.tokens);
 
     int mine = 0;
-    for (int64_t base = begin; base < end; base += kWarp) mine += __popc(lanes_masked(base + lane));
-    if (lane == 0) of_warp[warp] = mine;
-    __syncthreads();
-    int64_t at = a.offsets[s];
-    for (int w = 0; w < warp; ++w) at += of_warp[w];
-    for (int64_t base = begin; base < end; base += kWarp) {
-        const int64_t t = base + lane;
-        const unsigned masked = lanes_masked(t), before = masked & ((1u << lane) - 1);
-        if (masked >> lane & 1u) {
-            rows[at + __popc(before)] = s * a.tokens + t;
-            targets[at + __popc(before)] = input[t];
+    for (int64_t base = share.begin; base < share.end; base += kWarp)
+        mine += __popc(response_lanes(response, base + lane_id(), share.end));
+    const Scan lengths = scan_warps(mine);
+    const int64_t length = lengths.total, masked = a.offsets[s + 1] - a.offsets[s];
+    const Selection selection = selection_of(a.coupled, j, masked, length);
+    const Keys keys{selection.keys_of, a.sample_ids[b], a.seed};
+    const bool everything = masked == length, nothing = masked == 0;
+    SelectionThreshold threshold{0, 0};
+    if (!everything && !nothing) threshold = select_smallest(keys, length, selection.smallest);
+
+    int64_t position = lengths.before;
+    mine = 0;
+    for (int64_t base = share.begin; base < share.end; base += kWarp) {
+        const int64_t t = base + lane_id();
+        const unsigned scored = response_lanes(response, t, share.end);
+        bool hide = false;
+        if (scored >> lane_id() & 1u) {
+            const int64_t p = position + __popc(scored & lanes_before());
+            hide = everything || (!nothing && is_selected(threshold, keys, p) != selection.others);
         }
-        at += __popc(masked);
+        position += __popc(scored);
+        mine += __popc(__ballot_sync(kAllLanes, hide));
+        if (t >= share.end) continue;
+        if (prompt && prompt[t]) {
+            const Words w = stream_words(static_cast<uint32_t>(t), j, keys.sample_id, kPromptTokens, a.seed);
+            hide = hide || static_cast<int64_t>(w.x) < a.prompt_threshold;
+        }
+        row[t] = hide ? a.mask_token_id : clean[t];
+    }
+
+    int64_t at = a.offsets[s] + scan_warps(mine).before;
+    for (int64_t base = share.begin; base < share.end; base += kWarp) {
+        const int64_t t = base + lane_id();
+        const unsigned hidden = __ballot_sync(kAllLanes, t < share.end && response[t] && row[t] == a.mask_token_id);
+        if (hidden >> lane_id() & 1u) {
+            rows[at + __popc(hidden & lanes_before())] = s * a.tokens + t;
+            targets[at + __popc(hidden & lanes_before())] = clean[t];
+        }
+        at += __popc(hidden);
     }
 }
 
 }  // namespace
 
-void select(const Queue& queue, const DrawArgs& a, int64_t* noisy, int32_t* count, float* weight) {
-    if (a.tokens == 0) return;
-    launch("select", select_kernel, queue, a.batch * (a.hi - a.lo), kThreads, a, noisy, count, weight);
+void draw_counts(const Queue& queue, const CountArgs& a, int32_t* count, float* weight) {
+    launch("draw_counts", counts_kernel, queue, a.batch * (a.hi - a.lo), kThreads, a, count, weight);
 }
 
-void emit_rows(const Queue& queue, const EmitArgs& a, int64_t* rows, int64_t* targets) {
-    launch("emit_rows", emit_rows_kernel, queue, a.batch * a.samples, kThreads, a, rows, targets);
+void draw_masks(const Queue& queue, const DrawArgs& a, int64_t* noisy, int64_t* rows, int64_t* targets) {
+    if (a.tokens == 0) return;
+    launch("draw_masks", masks_kernel, queue, a.batch * (a.hi - a.lo), kThreads, a, noisy, rows, targets);
 }
 
 }  // namespace bgpo::cuda

@@ -27,20 +27,20 @@ Chunk make_chunk(uintptr_t logits, int type, int64_t rows, int64_t vocab, int64_
             pointer<void>(stats), stats_stride};
 }
 
-DrawArgs make_draw(uintptr_t ids, uintptr_t response, uintptr_t response_counts, uintptr_t prompt, uintptr_t sample_ids,
-                   int64_t batch, int64_t tokens, int64_t n, int64_t lo, int64_t hi, uint64_t seed,
-                   int64_t mask_token_id, int scheme, int schedule, int64_t prompt_threshold, uintptr_t thresholds,
-                   uintptr_t table_weights, uintptr_t table_start) {
-    return {pointer<const int64_t>(ids), pointer<const uint8_t>(response), pointer<const int32_t>(response_counts),
-            pointer<const uint8_t>(prompt), pointer<const int64_t>(sample_ids), batch, tokens, n, lo, hi, seed,
-            mask_token_id, scheme, schedule, prompt_threshold, pointer<const int64_t>(thresholds),
-            pointer<const float>(table_weights), pointer<const int64_t>(table_start)};
+CountArgs make_counts(uintptr_t response, uintptr_t sample_ids, int64_t batch, int64_t tokens, int64_t n, int64_t lo,
+                      int64_t hi, uint64_t seed, int scheme, int schedule, uintptr_t thresholds,
+                      uintptr_t table_weights, uintptr_t table_start) {
+    return {pointer<const uint8_t>(response), pointer<const int64_t>(sample_ids), batch, tokens, n, lo, hi, seed, scheme,
+            schedule, pointer<const int64_t>(thresholds), pointer<const float>(table_weights),
+            pointer<const int64_t>(table_start)};
 }
 
-EmitArgs make_emit(uintptr_t noisy, uintptr_t ids, uintptr_t response, uintptr_t offsets, int64_t batch,
-                   int64_t samples, int64_t tokens, int64_t mask_token_id) {
-    return {pointer<const int64_t>(noisy), pointer<const int64_t>(ids), pointer<const uint8_t>(response),
-            pointer<const int64_t>(offsets), batch, samples, tokens, mask_token_id};
+DrawArgs make_draw(uintptr_t ids, uintptr_t response, uintptr_t prompt, uintptr_t sample_ids, uintptr_t offsets,
+                   int64_t batch, int64_t tokens, int64_t lo, int64_t hi, uint64_t seed, int64_t mask_token_id,
+                   bool coupled, int64_t prompt_threshold) {
+    return {pointer<const int64_t>(ids), pointer<const uint8_t>(response), pointer<const uint8_t>(prompt),
+            pointer<const int64_t>(sample_ids), pointer<const int64_t>(offsets), batch, tokens, lo, hi, seed,
+            mask_token_id, coupled, prompt_threshold};
 }
 
 template <typename T>
@@ -62,8 +62,8 @@ void call_bound(const Queue& queue, uintptr_t logprob, uintptr_t advantages, uin
 void define_types(py::module_& m) {
     py::class_<Queue>(m, "Queue", py::module_local()).def(py::init(&make_queue));
     py::class_<Chunk>(m, "Chunk", py::module_local()).def(py::init(&make_chunk));
+    py::class_<CountArgs>(m, "Counts", py::module_local()).def(py::init(&make_counts));
     py::class_<DrawArgs>(m, "Draw", py::module_local()).def(py::init(&make_draw));
-    py::class_<EmitArgs>(m, "Emit", py::module_local()).def(py::init(&make_emit));
     m.attr("LOGIT_FLOAT") = static_cast<int>(LogitType::kFloat);
     m.attr("LOGIT_BFLOAT16") = static_cast<int>(LogitType::kBFloat16);
     m.attr("LOGIT_DOUBLE") = static_cast<int>(LogitType::kDouble);
@@ -78,11 +78,12 @@ void define_kernels(py::module_& m) {
         dlogits(queue, chunk, pointer<const void>(grad_logprob), pointer<const void>(grad_entropy),
                 static_cast<LogitType>(out));
     }, release());
-    m.def("select", [](const Queue& queue, const DrawArgs& draw, uintptr_t noisy, uintptr_t count, uintptr_t weight) {
-        select(queue, draw, pointer<int64_t>(noisy), pointer<int32_t>(count), pointer<float>(weight));
+    m.def("draw_counts", [](const Queue& queue, const CountArgs& args, uintptr_t count, uintptr_t weight) {
+        draw_counts(queue, args, pointer<int32_t>(count), pointer<float>(weight));
     }, release());
-    m.def("emit_rows", [](const Queue& queue, const EmitArgs& args, uintptr_t rows, uintptr_t targets) {
-        emit_rows(queue, args, pointer<int64_t>(rows), pointer<int64_t>(targets));
+    m.def("draw_masks", [](const Queue& queue, const DrawArgs& args, uintptr_t noisy, uintptr_t rows,
+                           uintptr_t targets) {
+        draw_masks(queue, args, pointer<int64_t>(noisy), pointer<int64_t>(rows), pointer<int64_t>(targets));
     }, release());
     m.def("segment_sum_f32", &call_segment_sum<float>, release());
     m.def("segment_sum_f64", &call_segment_sum<double>, release());
