@@ -20,6 +20,19 @@ M32 = 2**32 - 1
 KEYS, COUNTS, PROMPT = 0, 1, 2
 MASK_ID = 1000  # `make_batch` draws its ids below
 
+# (counter, key) -> words: Random123's known-answer tests; the last one's word 3 is the 10,000th output of C++26's
+# std::philox4x32, whose counter is then (2499, 0, 0, 0).
+PHILOX_ANSWERS = [
+    ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, 2**64 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        0x299F31D0A4093822,
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+    ((2499, 0, 0, 0), 20111115, (None, None, None, 1955073260)),
+]
+
 
 def philox(counter: tuple[int, int, int, int], seed: int) -> tuple[int, int, int, int]:
     """Philox4x32-10 of Salmon et al. 2011."""

@@ -16,6 +16,7 @@ from mask_model import (
     KEYS,
     LAWS,
     MASK_ID,
+    PHILOX_ANSWERS,
     PROMPT,
     assert_same_draw,
     bits_of,
@@ -35,19 +36,6 @@ from bgpo_kernels.backends import engine as engine_of
 from bgpo_kernels.backends import why_not
 from bgpo_kernels.masks import cpu, reference
 from bgpo_kernels.masks.schedule import CountSpec
-
-# (counter, key) -> words: Random123's known-answer tests; the last one's word 3 is the 10,000th output of C++26's
-# std::philox4x32, whose counter is then (2499, 0, 0, 0).
-KNOWN = [
-    ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((0xFFFFFFFF,) * 4, 2**64 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    (
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        0x299F31D0A4093822,
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-    ),
-    ((2499, 0, 0, 0), 20111115, (None, None, None, 1955073260)),
-]
 
 # Masked positions (bit p: position p) of samples 0..3 of 4 for each of three sample ids, responses of 12 tokens. These
 # numbers are the version: code that changes one of them draws another stream, and stored seeds no longer replay.
@@ -97,7 +85,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     _cpu.use_kernels(best)
 
 
-@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN)
+@pytest.mark.parametrize(("counter", "key", "answer"), PHILOX_ANSWERS)
 def test_philox_known_answers(counter: tuple[int, int, int, int], key: int, answer: tuple[int | None, ...]) -> None:
     torch_words = tuple(int(w) for w in reference.philox(tuple(torch.tensor(c) for c in counter), key))
     for got in (philox(counter, key), torch_words, _cpu.philox(*counter, key)):

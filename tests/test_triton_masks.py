@@ -9,7 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
-from mask_model import MASK_ID, EngineDraw, draw_with, make_spec
+from mask_model import MASK_ID, PHILOX_ANSWERS, EngineDraw, draw_with, make_spec
 
 from bgpo_kernels._triton_philox import philox4x32, seed_words
 from bgpo_kernels.masks import reference, triton_kernels
@@ -18,18 +18,6 @@ from bgpo_kernels.masks.schedule import HARMONIC, CountSchedule, DrawSpec
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = not isinstance(philox4x32, triton.JITFunction)
 
-# (counter, key) -> words, from Random123's known-answer tests; the last: word 3 is the 10,000th output of C++26's
-# std::philox4x32, whose counter is then (2499, 0, 0, 0).
-ANSWERS = [
-    ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((0xFFFFFFFF,) * 4, 2**64 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    (
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        0x299F31D0A4093822,
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-    ),
-    ((2499, 0, 0, 0), 20111115, (None, None, None, 1955073260)),
-]
 SEEDS = [0, 1, 16, 2**31, 2**32, 2**63 + 5, 2**64 - 1]
 
 
@@ -47,7 +35,7 @@ def _philox_kernel(counter, words, seed_low, seed_high):
     tl.store(words + lane, word.to(tl.int64))
 
 
-@pytest.mark.parametrize("counter, key, answer", ANSWERS)
+@pytest.mark.parametrize("counter, key, answer", PHILOX_ANSWERS)
 def test_philox_known_answers(counter: tuple[int, ...], key: int, answer: tuple[int | None, ...]) -> None:
     words = torch.empty(4, dtype=torch.int64, device=DEVICE)
     _philox_kernel[(1,)](torch.tensor(counter, device=DEVICE), words, *seed_words(key))

@@ -3,23 +3,10 @@
 
 #include <cstdint>
 
+#include "../bgpo/arguments.h"
 #include "../bgpo/bound.h"
 
 namespace bgpo::cpu {
-
-enum class LogitType : int { kFloat = 0, kBFloat16 = 1, kDouble = 2 };
-
-// One chunk of logits [rows, vocab] with unit column stride.
-struct Chunk {
-    void* logits;
-    LogitType type;
-    int64_t rows, vocab, row_stride;
-    const int64_t* targets;
-    const void* bias;  // [vocab] fp32 (fp64 for fp64 logits), or null
-    double scale, softcap, temperature;
-    void* stats;  // [4, stats_stride]: max, sum, logprob, entropy; fp32 (fp64 for fp64 logits)
-    int64_t stats_stride;
-};
 
 // Where a response lies in its row: nearly always one run, and then loads and stores vectorise.
 struct Response {
@@ -35,17 +22,6 @@ struct Facts {
     int64_t lowest = INT64_MAX, highest = INT64_MIN;  // of all ids
     int64_t largest_response = 0;                     // of the response's ids
     bool held = false, overlap = false;               // the response holds the mask token; meets the prompt mask
-};
-
-struct CountArgs {
-    const uint8_t* response_mask;  // [batch, tokens]
-    const int64_t* sample_ids;     // [batch]
-    int64_t batch, tokens, n, lo, hi;
-    uint64_t seed;
-    int scheme, schedule;
-    const int64_t* thresholds;     // count tables, or null
-    const float* table_weights;
-    const int64_t* table_start;    // [batch]
 };
 
 struct DrawArgs {

@@ -19,9 +19,6 @@ using namespace bgpo::cpu;
 
 namespace {
 
-template <typename T>
-T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
-
 const Kernels* choose_kernels() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -45,22 +42,6 @@ void use_kernels(const std::string& name) {
     if (name == kernels_avx512.name && best == &kernels_avx512) { active = &kernels_avx512; return; }
 #endif
     throw py::value_error("this machine cannot run " + name);
-}
-
-Chunk make_chunk(uintptr_t logits, int type, int64_t rows, int64_t vocab, int64_t row_stride, uintptr_t targets,
-                 uintptr_t bias, double scale, double softcap, double temperature, uintptr_t stats,
-                 int64_t stats_stride) {
-    return {pointer<void>(logits), static_cast<LogitType>(type), rows, vocab, row_stride,
-            pointer<const int64_t>(targets), pointer<const void>(bias), scale, softcap, temperature,
-            pointer<void>(stats), stats_stride};
-}
-
-CountArgs make_counts(uintptr_t response, uintptr_t sample_ids, int64_t batch, int64_t tokens, int64_t n, int64_t lo,
-                      int64_t hi, uint64_t seed, int scheme, int schedule, uintptr_t thresholds,
-                      uintptr_t table_weights, uintptr_t table_start) {
-    return {pointer<const uint8_t>(response), pointer<const int64_t>(sample_ids), batch, tokens, n, lo, hi, seed, scheme,
-            schedule, pointer<const int64_t>(thresholds), pointer<const float>(table_weights),
-            pointer<const int64_t>(table_start)};
 }
 
 // DrawArgs plus where the responses lie.
@@ -151,9 +132,9 @@ PYBIND11_MODULE(_cpu, m) {
     m.attr("LOGIT_BFLOAT16") = static_cast<int>(LogitType::kBFloat16);
     m.attr("LOGIT_DOUBLE") = static_cast<int>(LogitType::kDouble);
 
-    py::class_<Chunk>(m, "Chunk").def(py::init(&make_chunk));
-    py::class_<CountArgs>(m, "Counts").def(py::init(&make_counts));
-    py::class_<Draw>(m, "Draw")
+    py::class_<Chunk>(m, "Chunk", py::module_local()).def(py::init(&make_chunk));
+    py::class_<CountArgs>(m, "Counts", py::module_local()).def(py::init(&make_counts));
+    py::class_<Draw>(m, "Draw", py::module_local())
         .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t,
                       uint64_t, int64_t, bool, int64_t>());
 

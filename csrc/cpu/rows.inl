@@ -156,6 +156,7 @@ void specialise(const Chunk& c, bool entropy, F&& call) {
         case LogitType::kFloat: return with_flags(float{});
         case LogitType::kBFloat16: return with_flags(BFloat16{});
         case LogitType::kDouble: return with_flags(double{});
+        case LogitType::kHalf: return;  // never: see LogitType
     }
 }
 

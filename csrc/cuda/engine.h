@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../bgpo/arguments.h"
 #include "../bgpo/bound.h"
 
 namespace bgpo::cuda {
@@ -12,31 +13,6 @@ namespace bgpo::cuda {
 struct Queue {
     int device;
     void* stream;
-};
-
-enum class LogitType : int { kFloat = 0, kBFloat16 = 1, kDouble = 2, kHalf = 3 };
-
-// One chunk of logits [rows, vocab] with unit column stride; rows may begin at any multiple of the element size.
-struct Chunk {
-    void* logits;
-    LogitType type;
-    int64_t rows, vocab, row_stride;
-    const int64_t* targets;
-    const void* bias;  // [vocab] fp32 (fp64 for fp64 logits), or null
-    double scale, softcap, temperature;
-    void* stats;  // [4, stats_stride]: max, sum, logprob, entropy; fp32 (fp64 for fp64 logits)
-    int64_t stats_stride;
-};
-
-struct CountArgs {
-    const uint8_t* response_mask;  // [batch, tokens]
-    const int64_t* sample_ids;     // [batch]
-    int64_t batch, tokens, n, lo, hi;
-    uint64_t seed;
-    int scheme, schedule;
-    const int64_t* thresholds;     // count tables, or null
-    const float* table_weights;
-    const int64_t* table_start;    // [batch]
 };
 
 struct DrawArgs {

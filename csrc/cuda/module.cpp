@@ -14,26 +14,7 @@ using namespace bgpo::cuda;
 
 namespace {
 
-template <typename T>
-T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
-
 Queue make_queue(int device, uintptr_t stream) { return {device, pointer<void>(stream)}; }
-
-Chunk make_chunk(uintptr_t logits, int type, int64_t rows, int64_t vocab, int64_t row_stride, uintptr_t targets,
-                 uintptr_t bias, double scale, double softcap, double temperature, uintptr_t stats,
-                 int64_t stats_stride) {
-    return {pointer<void>(logits), static_cast<LogitType>(type), rows, vocab, row_stride,
-            pointer<const int64_t>(targets), pointer<const void>(bias), scale, softcap, temperature,
-            pointer<void>(stats), stats_stride};
-}
-
-CountArgs make_counts(uintptr_t response, uintptr_t sample_ids, int64_t batch, int64_t tokens, int64_t n, int64_t lo,
-                      int64_t hi, uint64_t seed, int scheme, int schedule, uintptr_t thresholds,
-                      uintptr_t table_weights, uintptr_t table_start) {
-    return {pointer<const uint8_t>(response), pointer<const int64_t>(sample_ids), batch, tokens, n, lo, hi, seed, scheme,
-            schedule, pointer<const int64_t>(thresholds), pointer<const float>(table_weights),
-            pointer<const int64_t>(table_start)};
-}
 
 DrawArgs make_draw(uintptr_t ids, uintptr_t response, uintptr_t prompt, uintptr_t sample_ids, uintptr_t offsets,
                    int64_t batch, int64_t tokens, int64_t lo, int64_t hi, uint64_t seed, int64_t mask_token_id,
