@@ -229,11 +229,14 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The repository's commit, with "+changes" where tracked files differ from it; None outside git."""
+    """The repository's commit, with "+changes" where tracked sources differ from it; None outside git.
+
+    Results and plots do not count: a run that records several would call itself changed by its own first one.
+    """
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
         changes = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
+            ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs/*.png"],
             cwd=ROOT,
             capture_output=True,
             text=True,
