@@ -7,6 +7,8 @@ for: an op's schema has no optional outputs.
 
 from __future__ import annotations
 
+from typing import Sequence  # noqa: UP035  torch 2.6 reads schemas from typing's own
+
 import torch
 from torch import Tensor
 
@@ -145,7 +147,7 @@ def head_loss(
     rows: Tensor,  # [N], distinct
     targets: Tensor,  # [N]
     offsets: Tensor,  # [S+1]
-    host_offsets: list[int],
+    host_offsets: Sequence[int],
     segment_weight: Tensor,  # [B, n]
     advantages: Tensor,  # [B]
     old: Tensor | None,  # [B, n]
