@@ -26,9 +26,10 @@ def _poisoned(make):
         tensor = make(*args, **kwargs)
         if tensor.device.type == "meta" or type(tensor) is not torch.Tensor:
             return tensor
-        if tensor.is_floating_point():
-            return tensor.fill_(torch.nan)
-        return tensor.fill_(POISON[tensor.dtype]) if tensor.dtype in POISON else tensor
+        poison = torch.nan if tensor.is_floating_point() else POISON.get(tensor.dtype)
+        if poison is not None:
+            tensor.detach().fill_(poison)  # detached: torch makes leaves that require gradients with `empty`, too
+        return tensor
 
     return empty
 

@@ -137,12 +137,14 @@ def vrpo(batch: Batch, old: Tensor) -> Objective:
 
 
 def clipped_sequence_ratio(batch: Batch, old: Tensor) -> Objective:
-    """PPO on the sequence ratio."""
+    """PPO on the sequence ratio, with a clip between the ratios of the batch: it acts on half of them."""
 
     def objective(scores: Tensor) -> Tensor:
         ratio = torch.exp((scores - old).mean(-1))
-        clipped = ratio.clamp(0.98, 1.02)
-        assert bool((ratio != clipped).any()), "the clip must act"
+        distance = (ratio.detach() - 1).abs().sort().values
+        width = float(distance[len(distance) // 2 - 1 :][:2].mean())
+        clipped = ratio.clamp(1 - width, 1 + width)
+        assert int((ratio != clipped).sum()) == len(distance) // 2
         return -torch.minimum(ratio * batch.advantages, clipped * batch.advantages).mean()
 
     return objective

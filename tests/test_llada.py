@@ -8,9 +8,11 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+import transformers
 from transformers import AutoModelForCausalLM, BertConfig, PretrainedConfig
 
-from bgpo_kernels.models.llada import SHAPES, build_llada, llada_config, make_bidirectional
+from bgpo_kernels.models import make_bidirectional
+from bgpo_kernels.models.llada import SHAPES, build_llada, llada_config
 
 TINY_DREAM = {
     "hidden_size": 32,
@@ -42,8 +44,11 @@ def test_early_logits_see_a_late_token(config: PretrainedConfig, padding: int | 
     assert (before - after).abs().max() > 1e-4
 
 
-def test_padding_does_not_reach_the_real_tokens() -> None:
-    model = build_llada(llada_config("tiny"))
+@both_families
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padding_does_not_reach_the_real_tokens(config: PretrainedConfig, attention: str) -> None:
+    model = build_llada(config)
+    model.set_attn_implementation(attention)
     ids = torch.arange(8)[None]
     padded = torch.cat([torch.full((1, 3), 99), ids], dim=1)
     mask = torch.tensor([[0] * 3 + [1] * 8])
@@ -52,6 +57,29 @@ def test_padding_does_not_reach_the_real_tokens() -> None:
         alone = model(input_ids=ids).logits
         together = model(input_ids=padded, attention_mask=mask, position_ids=positions).logits[:, 3:]
     torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_gets_no_mask_without_padding() -> None:
+    """None is what the fast kernels of scaled-dot-product attention want, whoever made the mask."""
+    model = make_bidirectional(build_llada(llada_config("tiny")))  # a second time changes nothing
+    seen = []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+        )
+    with torch.no_grad():
+        model(torch.arange(10).repeat(2, 1))
+        assert seen == [None, None]
+        model(torch.arange(10).repeat(2, 1), attention_mask=(torch.arange(10) >= 3).repeat(2, 1))
+    assert seen[2] is not None and seen[2].shape[-1] == 10
+
+
+@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) >= 5, reason="transformers 5 turns every attention")
+def test_attention_that_would_stay_causal_is_refused() -> None:
+    model = build_llada(llada_config("tiny"))
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="'flex_attention' stays causal with transformers 4"):
+        model(torch.arange(10)[None])
 
 
 def test_causal_twin_is_caught_by_the_same_edit() -> None:

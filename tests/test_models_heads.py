@@ -422,6 +422,8 @@ def mesh() -> Iterator[Any]:
     dist = torch.distributed
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("needs torch.distributed with gloo")
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip(f"torch {torch.__version__} has no FSDP2 on CPUs")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield dist.init_device_mesh("cpu", (1,))

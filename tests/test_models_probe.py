@@ -20,6 +20,7 @@ from bgpo_kernels.models import (
     capture_head,
     find_head,
     forward_kwargs,
+    make_bidirectional,
 )
 from bgpo_kernels.models import probe as probe_module
 
@@ -65,7 +66,7 @@ def _probe(model: nn.Module, padded: bool = False, **spec: Any) -> None:
 @pytest.mark.parametrize("padded", [False, True])
 def test_both_verdicts_on_the_smallest_model(padded: bool) -> None:
     _probe(Mixer(), padded)
-    with pytest.raises(ValueError, match=r"Mixer is causal.*config.is_causal = False.*assume_bidirectional\(model\)"):
+    with pytest.raises(ValueError, match=r"Mixer is causal.*make_bidirectional\(model\).*assume_bidirectional"):
         _probe(Mixer(causal=True), padded)
 
 
@@ -246,7 +247,8 @@ def _build(name: str, attention: str | None = None, **overrides: Any) -> nn.Modu
     return getattr(transformers, prefix + suffix)(config).eval()
 
 
-def _turn_around(model: nn.Module, config: bool = True, modules: bool = True) -> nn.Module:
+def _turn_around(model: nn.Module, config: bool, modules: bool) -> nn.Module:
+    """One half of what `make_bidirectional` does."""
     if config:
         model.config.is_causal = False
     for module in model.modules():
@@ -294,7 +296,7 @@ def test_verdicts_on_real_architectures(name: str, padded: bool) -> None:
     if "Masked" not in type(model).__name__:
         with pytest.raises(ValueError, match="ForCausalLM is causal"):
             assert_bidirectional(model, spec, padded=padded)
-        _turn_around(model)
+        make_bidirectional(model)
     assert _is_bidirectional(model, padded)
     assert_bidirectional(model, spec, padded=padded)
 
@@ -322,17 +324,17 @@ def test_a_config_option_that_means_something_else_is_caught() -> None:
     if not hasattr(transformers, "HyperCLOVAXForCausalLM"):
         pytest.skip("this transformers has no HyperCLOVAXForCausalLM")
     config = transformers.HyperCLOVAXConfig(**DECODER, logits_scaling=8.0)
-    model = _turn_around(transformers.HyperCLOVAXForCausalLM(config))
+    model = make_bidirectional(transformers.HyperCLOVAXForCausalLM(config))
     with pytest.raises(ValueError, match=r"head output of 100 into the logit 800, but logit_scale=0.125"):
         assert_bidirectional(model, find_head(model))
     assert_bidirectional(model, find_head(model, HeadSpec(model.lm_head, logit_scale=8.0)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("change", [lambda model: model, _turn_around], ids=["causal", "turned"])
+@pytest.mark.parametrize("change", [lambda model: model, make_bidirectional], ids=["causal", "turned"])
 def test_half_precision_gives_the_same_verdicts(dtype: torch.dtype, change: Callable[[nn.Module], nn.Module]) -> None:
     model = change(_build("gemma2").to(dtype))
-    if change is _turn_around:
+    if change is make_bidirectional:
         assert_bidirectional(model, find_head(model))
     else:
         with pytest.raises(ValueError, match="is causal"):

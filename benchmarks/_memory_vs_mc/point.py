@@ -31,7 +31,8 @@ from torch import nn
 
 import bgpo_kernels as bk
 from _memory_vs_mc.methods import METHODS, Batch
-from bgpo_kernels.models.llada import build_llada, llada_config, make_bidirectional
+from bgpo_kernels.models import make_bidirectional
+from bgpo_kernels.models.llada import build_llada, llada_config
 
 REPEAT_SECONDS, MOST_UPDATES = 2.0, 5  # short updates are timed again until this much time or this many updates
 COMPARED_ENTRIES = 1 << 25  # gradients with more entries than this are compared on an even sample of them

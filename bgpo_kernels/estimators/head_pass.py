@@ -19,7 +19,7 @@ from ..bound import ops as bound_ops
 from ..head.engine import Coefficients, Head, Segments, one_pass, score
 from ..head.ops import scatter_rows
 from ..masks.draw import MaskDraw
-from ..models import capture_head
+from ..models import capture_head, without_gradient
 from .problem import Problem
 from .sink import HeadSink
 
@@ -32,7 +32,7 @@ def score_samples(problem: Problem, draw: MaskDraw) -> Tensor:
         stats = score(head, draw.host_offsets)
         return bound_ops.segment_sum(stats[2], draw.segment_offsets, draw.segment_weight.flatten(), problem.backend)
 
-    with torch.no_grad(), capture_head(problem.model, problem.head, consume) as capture:
+    with without_gradient(), capture_head(problem.model, problem.head, consume) as capture:
         problem.model(input_ids=draw.noisy_ids[0], **problem.forward_kwargs)
     return capture.value
 

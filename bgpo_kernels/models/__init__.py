@@ -22,7 +22,8 @@ Importing this package imports neither transformers nor peft.
 
 from __future__ import annotations
 
-from .heads import Capture, HeadSpec, capture_head, find_head, forward_kwargs, register, unwrap
+from .bidirectional import make_bidirectional
+from .heads import Capture, HeadSpec, capture_head, find_head, forward_kwargs, register, unwrap, without_gradient
 from .probe import assert_bidirectional, assume_bidirectional
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "capture_head",
     "find_head",
     "forward_kwargs",
+    "make_bidirectional",
     "register",
     "unwrap",
+    "without_gradient",
 ]

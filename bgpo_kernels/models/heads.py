@@ -247,6 +247,22 @@ class Capture:
 
 
 @contextmanager
+def without_gradient() -> Iterator[None]:
+    """No gradients, and nothing left in autocast's cache of cast weights.
+
+    Older releases of torch (2.6 is one) keep there what was cast without gradient, and serve it to the next forward
+    with gradient of the same autocast region, whose weights then silently get none.
+    """
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
+@contextmanager
 def capture_head(
     model: nn.Module,
     spec: HeadSpec,

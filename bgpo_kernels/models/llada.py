@@ -1,10 +1,7 @@
 """Masked diffusion LMs with the published shapes, made of native transformers layers: no remote code, no download.
 
 LLaDA is the Llama block (RMSNorm, SwiGLU, RoPE, no bias, head not tied) and Dream the Qwen2 block, both with
-attention in both directions. Two switches turn the transformers classes around. `config.is_causal = False` makes the
-mask of a padded batch bidirectional (transformers 5; version 4 ignores it, so no padded batches there). The
-`is_causal = False` of every attention module keeps scaled-dot-product attention from going causal when there is no
-mask at all; recent releases take that from the config as well, older ones read the module alone.
+attention in both directions (`bidirectional.py`).
 
 Dream's row i-1 predicts token i; a randomly initialised model of its shape has no such convention and is used
 unshifted.
@@ -23,6 +20,8 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+from .bidirectional import make_bidirectional
 
 # The token ids of each family; `mask_token_id` is stored on the config, where `bgpo_kernels` looks for it. Padding is
 # the eos token; the config does not say so because transformers would then freeze the embedding of eos, which is also
@@ -67,21 +66,6 @@ def llada_config(shape: str = "small", **overrides: Any) -> PretrainedConfig:
     fields |= {"is_causal": False, "tie_word_embeddings": False, "bos_token_id": None}
     fields["use_cache"] = False  # a masked LM never reuses keys and values, so a cache would only hold memory
     return (Qwen2Config if shape.startswith("dream") else LlamaConfig)(**fields)
-
-
-def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
-    """Let every attention layer of `model` look in both directions, in place, with and without an attention mask.
-
-    For models of native transformers layers, such as a checkpoint of `build_llada` loaded again. Raises ValueError
-    when no layer has the `is_causal` switch, since such a model would silently stay as it is.
-    """
-    switches = [module for module in model.modules() if hasattr(module, "is_causal")]
-    if not switches:
-        raise ValueError(f"{type(model).__name__} has no attention layer with an is_causal switch")
-    model.config.is_causal = False
-    for module in switches:
-        setattr(module, "is_causal", False)  # noqa: B010 - plain assignment does not type-check on a Module
-    return model
 
 
 def build_llada(

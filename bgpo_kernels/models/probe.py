@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ..head.options import LogitTransform
-from .heads import HeadSpec, capture_head, forward_kwargs, unwrap
+from .heads import HeadSpec, capture_head, forward_kwargs, unwrap, without_gradient
 
 _BATCH, _LENGTH = 4, 8  # short, so that the edited token is inside every attention window
 _DRAWS = 3  # one draw may be uninformative: ids with equal embeddings, expert loads that happen to round alike
@@ -99,8 +99,8 @@ def _probe(model: nn.Module, spec: HeadSpec, padded: bool) -> None:
         condition = " when attention_mask has a zero" if padded else ""
         raise ValueError(
             f"{type(model).__name__} is causal{condition}: its last token does not change the hidden states before it, "
-            "so it cannot score masked tokens. Turn its attention around: for transformers models set config.is_causal "
-            f"= False and is_causal = False on every attention module{_ESCAPE}"
+            "so it cannot score masked tokens. Turn its attention around: for models of transformers layers "
+            f"bgpo_kernels.models.make_bidirectional(model) does it{_ESCAPE}"
         )
     if padding > max(rounding, _LEAK * seen):
         raise ValueError(
@@ -196,7 +196,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     training = [module for module in model.modules() if module.training]
     # The flags are set directly: train() and eval() have side effects in some models (loralib merges its weights).
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with torch.random.fork_rng(devices=devices), without_gradient():
         try:
             for module in training:
                 module.training = False
