@@ -33,7 +33,7 @@ from .schedule import CountSpec, MaskSpec
 
 __all__ = ["draw_counts", "draw_masks", "inspect"]
 
-MAX_BLOCK = 1024  # tokens per program and pass: 8 keys in flight per thread of 4 warps
+MAX_BLOCK = 1024  # tokens per program and pass: 4 keys in flight per thread of 8 warps
 
 
 @triton.jit
@@ -281,9 +281,12 @@ def _masks_kernel(
 
 
 def _tile(tokens: int) -> tuple[int, int]:
-    """Block and warps for rows of T tokens: a power of two, at least one warp wide, 8 tokens per thread at most."""
+    """Block and warps for rows of T tokens: a power of two, at least one warp wide, 4 tokens per thread at most.
+
+    Eight would keep more keys in flight, but 64-bit keys then leave no registers: Triton 3.6 spills.
+    """
     block = min(MAX_BLOCK, max(32, triton.next_power_of_2(tokens)))
-    return block, max(1, block // 256)
+    return block, max(1, block // 128)
 
 
 def draw_counts(
