@@ -280,8 +280,8 @@ def test_the_compiled_inspection_of_inputs(prompts: bool, kernels: str) -> None:
     negative[3, 40], negative[0, 0] = -7, 2**40
     overlapping[1, 0] = True
     cases = [(ids, response), (held, response), (negative, response), (ids, overlapping), (ids.T.clone().T, response)]
-    found = [cpu.inspect(i, r, prompt, MASK_ID) for i, r in cases]
-    assert found == [reference.inspect(i, r, prompt, MASK_ID) for i, r in cases]
+    found = [cpu.input_facts(i, r, prompt, MASK_ID) for i, r in cases]
+    assert found == [reference.input_facts(i, r, prompt, MASK_ID) for i, r in cases]
     assert [facts.held for facts in found] == [False, True, False, False, False]
     assert [facts.overlap for facts in found] == [False, False, False, prompts, False]
     assert found[2].lowest == -7 and found[2].highest == 2**40 and found[0].lengths == response.sum(-1).tolist()

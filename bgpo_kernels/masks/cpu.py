@@ -13,10 +13,10 @@ from .schedule import SCHEMES, CountSpec, MaskSpec
 _SCHEDULES = ("uniform", "stratified", "table")
 
 
-def inspect(input_ids: Tensor, response_mask: Tensor, prompt_mask: Tensor | None, mask_token_id: int) -> Facts:
-    """As ``reference.inspect``."""
+def input_facts(input_ids: Tensor, response_mask: Tensor, prompt_mask: Tensor | None, mask_token_id: int) -> Facts:
+    """As ``reference.input_facts``."""
     keep = dense(input_ids, torch.int64), dense(response_mask, torch.bool), dense(prompt_mask, torch.bool)
-    return Facts(*_cpu.inspect(*map(address, keep), *input_ids.shape, mask_token_id))
+    return Facts(*_cpu.input_facts(*map(address, keep), *input_ids.shape, mask_token_id))
 
 
 def draw_counts(response_mask: Tensor, sample_ids: Tensor, spec: CountSpec) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .. import _cuda
 from ..native import address, dense, stream
-from .reference import inspect
+from .reference import input_facts
 from .schedule import SCHEMES, CountSpec, MaskSpec
 
-__all__ = ["draw_counts", "draw_masks", "inspect"]
+__all__ = ["draw_counts", "draw_masks", "input_facts"]
 
 _SCHEDULES = ("uniform", "stratified", "table")
 

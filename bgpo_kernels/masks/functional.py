@@ -189,7 +189,7 @@ def check_response(
     """Checks of tensor values, and the response lengths and largest response id on the host: one host read in all."""
     if input_ids.numel() == 0:
         raise ValueError(f"input_ids holds no token: shape {list(input_ids.shape)}")
-    facts = engine("masks", backend).inspect(input_ids, response_mask, prompt_mask, mask_token_id)
+    facts = engine("masks", backend).input_facts(input_ids, response_mask, prompt_mask, mask_token_id)
     if 0 in facts.lengths:
         rows = [b for b, length in enumerate(facts.lengths) if length == 0]
         raise ValueError(f"response_mask has no True in row(s) {rows[:8]}: a sequence needs a response token")

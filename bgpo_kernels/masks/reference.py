@@ -62,7 +62,7 @@ class Facts(NamedTuple):
     overlap: bool  # response_mask and prompt_mask share a token
 
 
-def inspect(
+def input_facts(
     input_ids: Tensor,  # [B, T] int64
     response_mask: Tensor,  # [B, T] bool
     prompt_mask: Tensor | None,  # [B, T] bool

@@ -28,10 +28,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton_philox import COUNTS, KEYS, PROMPT, seed_words, stream_words
-from .reference import inspect
+from .reference import input_facts
 from .schedule import CountSpec, MaskSpec
 
-__all__ = ["draw_counts", "draw_masks", "inspect"]
+__all__ = ["draw_counts", "draw_masks", "input_facts"]
 
 MAX_BLOCK = 1024  # tokens per program and pass: 4 keys in flight per thread of 8 warps
 

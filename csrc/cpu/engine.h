@@ -41,8 +41,8 @@ struct Kernels {
     const char* name;
     void (*row_statistics)(const Chunk&, bool entropy, int threads);
     void (*dlogits)(const Chunk&, const void* grad_logprob, const void* grad_entropy, int threads);
-    Facts (*inspect)(const int64_t* input_ids, const uint8_t* response_mask, const uint8_t* prompt_mask, int64_t batch,
-                     int64_t tokens, int64_t mask_token_id, int64_t* lengths);
+    Facts (*input_facts)(const int64_t* input_ids, const uint8_t* response_mask, const uint8_t* prompt_mask,
+                         int64_t batch, int64_t tokens, int64_t mask_token_id, int64_t* lengths);
     void (*draw_counts)(const CountArgs&, int32_t* count, float* weight, int64_t* offsets, int threads);
     void (*draw_masks)(const DrawArgs&, int64_t* noisy, int64_t* rows, int64_t* targets, int threads);
 };

@@ -14,6 +14,6 @@ namespace bgpo::cpu {
 #define BGPO_NAME_(table) #table
 #define BGPO_NAME(table) BGPO_NAME_(table)
 
-extern const Kernels BGPO_TABLE{BGPO_NAME(BGPO_TABLE), row_statistics, dlogits, inspect, draw_counts, draw_masks};
+extern const Kernels BGPO_TABLE{BGPO_NAME(BGPO_TABLE), row_statistics, dlogits, input_facts, draw_counts, draw_masks};
 
 }  // namespace bgpo::cpu

@@ -1,6 +1,6 @@
 // Random masking, one segment (sequence b, sample j) per task: counts, then, with every segment's place known, all else.
 //
-// inspect      one pass over the inputs: response lengths and what is wrong with the ids.
+// input_facts  one pass over the inputs: response lengths and what is wrong with the ids.
 // draw_counts  one Philox call a segment; Bernoulli: one a token.
 // draw_masks   per segment L Philox calls, one vector pass and some over the words to find the threshold, one pass that
 //              writes T noisy ids and the masked rows with their targets. Bytes: 8T + 16 a masked row written, 8T read
@@ -150,8 +150,8 @@ void mask_prompt(const DrawArgs& a, int64_t b, uint32_t j, int64_t* noisy) {
     }
 }
 
-Facts inspect(const int64_t* input_ids, const uint8_t* response_mask, const uint8_t* prompt_mask, int64_t batch,
-              int64_t tokens, int64_t mask_token_id, int64_t* lengths) {
+Facts input_facts(const int64_t* input_ids, const uint8_t* response_mask, const uint8_t* prompt_mask, int64_t batch,
+                  int64_t tokens, int64_t mask_token_id, int64_t* lengths) {
     int64_t lowest = INT64_MAX, highest = INT64_MIN, largest = 0, held = 0, overlap = 0;
     for (int64_t b = 0; b < batch; ++b) {
         const int64_t* ids = input_ids + b * tokens;

@@ -90,13 +90,13 @@ void advise_huge_pages(uintptr_t address, size_t bytes) {
 }
 
 // (lengths, lowest id, highest id, largest id of a response, mask token held, prompt and response overlap)
-py::tuple call_inspect(uintptr_t ids, uintptr_t response, uintptr_t prompt, int64_t batch, int64_t tokens,
+py::tuple call_input_facts(uintptr_t ids, uintptr_t response, uintptr_t prompt, int64_t batch, int64_t tokens,
                        int64_t mask_token_id) {
     std::vector<int64_t> lengths(batch);
     Facts f;
     {
         const py::gil_scoped_release release;
-        f = active->inspect(pointer<const int64_t>(ids), pointer<const uint8_t>(response),
+        f = active->input_facts(pointer<const int64_t>(ids), pointer<const uint8_t>(response),
                             pointer<const uint8_t>(prompt), batch, tokens, mask_token_id, lengths.data());
     }
     py::list found(batch);
@@ -147,7 +147,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("dlogits", [](const Chunk& c, uintptr_t grad_logprob, uintptr_t grad_entropy, int threads) {
         active->dlogits(c, pointer<const void>(grad_logprob), pointer<const void>(grad_entropy), threads);
     }, release());
-    m.def("inspect", &call_inspect);
+    m.def("input_facts", &call_input_facts);
     m.def("draw_counts", [](const CountArgs& a, uintptr_t count, uintptr_t weight, uintptr_t offsets, int threads) {
         active->draw_counts(a, pointer<int32_t>(count), pointer<float>(weight), pointer<int64_t>(offsets), threads);
     }, release());
