@@ -1,5 +1,5 @@
 // Known answers and identities of csrc/bgpo, the arithmetic shared by the CPU engine and the CUDA kernels. Built with
-// AddressSanitizer and UndefinedBehaviorSanitizer by test_headers_sanitized.py, which runs one group per process.
+// AddressSanitizer and UndefinedBehaviorSanitizer by test_sanitized.py, which runs one group per process.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>

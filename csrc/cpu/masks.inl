@@ -107,7 +107,7 @@ void select_by_keys(const Keys& keys, int64_t length, int64_t count, uint32_t* w
 template <typename Keys>
 uint32_t select_words(const Keys& keys, int64_t length, int64_t smallest, const Scratch& s) {
     if (smallest == 0 || smallest == length) {  // no keys to draw: all or nothing
-        std::fill_n(s.words, length, smallest == 0);
+        for (int64_t p = 0; p < length; ++p) s.words[p] = smallest == 0;
         return 0;
     }
     keys.words(length, s.words);
@@ -198,7 +198,7 @@ void counts_of_sequence(const CountArgs& a, int64_t b, const Scratch& scratch, i
 void draw_counts(const CountArgs& a, int32_t* count, float* weight, int64_t* offsets, int threads) {
     const int64_t samples = a.hi - a.lo;
     // Unless every token is looked at, there is less to do than it takes to wake a thread.
-    const bool share = a.scheme == kBernoulli || a.batch * samples > kManySegments;
+    [[maybe_unused]] const bool share = a.scheme == kBernoulli || a.batch * samples > kManySegments;
 #pragma omp parallel num_threads(threads) if (share)
     {
         const Scratch scratch(a.scheme == kBernoulli ? a.tokens : 0);
