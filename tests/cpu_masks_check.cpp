@@ -3,21 +3,14 @@
 #define BGPO_TABLE kernels_checked
 #include "cpu/kernels.cpp"
 
-#include <cstdio>
 #include <vector>
+
+#include "check.h"
 
 using namespace bgpo;
 using namespace bgpo::cpu;
 
 namespace {
-
-int failures = 0;
-
-#define CHECK(condition)                                                   \
-    do {                                                                   \
-        if (!(condition) && failures++ < 10)                               \
-            std::printf("line %d: %s does not hold\n", __LINE__, #condition); \
-    } while (false)
 
 constexpr int64_t kSamples = 4, kMask = 1000, kThreads = 2;
 

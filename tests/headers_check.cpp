@@ -11,18 +11,11 @@
 #include "bgpo/draw.h"
 #include "bgpo/select.h"
 #include "bgpo/softmax.h"
+#include "check.h"
 
 using namespace bgpo;
 
 namespace {
-
-int failures = 0;
-
-#define CHECK(condition)                                                   \
-    do {                                                                   \
-        if (!(condition) && failures++ < 10)                               \
-            std::printf("line %d: %s does not hold\n", __LINE__, #condition); \
-    } while (false)
 
 void check_words(const Words& got, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
     CHECK(got.x == x && got.y == y && got.z == z && got.w == w);

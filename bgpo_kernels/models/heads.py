@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from numbers import Real
 from operator import attrgetter, methodcaller
 from typing import Any
@@ -246,15 +247,24 @@ class Capture:
     calls: int = 0
 
 
+@cache
+def _autocast_forgets_gradients() -> bool:
+    """Whether this torch serves weights that autocast cast under no_grad to the next forward with gradient of the same
+    autocast region (2.6 does), which then silently gets none for them. Where it does not, the cache saves casting
+    the weights for every sample."""
+    with torch.inference_mode(False), torch.autocast("cpu", dtype=torch.bfloat16):
+        weight = nn.Parameter(torch.zeros(1, 1, device="cpu", dtype=torch.float32))
+        with torch.no_grad():
+            nn.functional.linear(weight.detach(), weight)
+        with torch.enable_grad():
+            return not nn.functional.linear(weight.detach(), weight).requires_grad
+
+
 @contextmanager
 def without_gradient() -> Iterator[None]:
-    """No gradients, and nothing left in autocast's cache of cast weights.
-
-    Older releases of torch (2.6 is one) keep there what was cast without gradient, and serve it to the next forward
-    with gradient of the same autocast region, whose weights then silently get none.
-    """
+    """No gradients, and no cast weights left in autocast's cache that a later forward with gradient must not use."""
     cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
+    torch.set_autocast_cache_enabled(cached and not _autocast_forgets_gradients())
     try:
         with torch.no_grad():
             yield

@@ -87,7 +87,8 @@ constexpr int64_t kRoom = 64;
 // Word 0 of the keys of kRegisters * kLanes positions from `position` on. Inlined, so that round keys and uniform
 // products leave the loop.
 template <int kRegisters>
-inline __attribute__((always_inline)) void make_pack(uint32_t position, const Words& counter, uint64_t seed, uint32_t* words) {
+inline __attribute__((always_inline)) void make_pack(uint32_t position, const Words& counter, uint64_t seed,
+                                                     uint32_t* words) {
     typedef uint32_t Narrow __attribute__((vector_size(4 * kLanes)));
     Lanes first = {};
     for (int lane = 0; lane < kLanes; ++lane) first[lane] = position + static_cast<uint64_t>(lane);

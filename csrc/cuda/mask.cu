@@ -134,7 +134,10 @@ __global__ void __launch_bounds__(kThreads) counts_kernel(CountArgs a, int32_t* 
         for (int64_t p = threadIdx.x; p < length; p += kThreads)
             masked += stream_words(static_cast<uint32_t>(p), j, id, kSelectionKeys, a.seed).x <= draw.last;
         masked = block_sum(masked);
-        if (threadIdx.x == 0) count[s] = masked, weight[s] = draw.weight;
+        if (threadIdx.x == 0) {
+            count[s] = masked;
+            weight[s] = draw.weight;
+        }
     } else if (threadIdx.x == 0) {
         const Count c = draw_count(law, j, id, a.seed, length);
         count[s] = static_cast<int32_t>(c.masked);
