@@ -211,6 +211,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **_versions()},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        **({"gpu": gpu_state(device)} if device.type == "cuda" else {}),
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -218,9 +219,38 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     }
 
 
+_GPU_FIELDS = (
+    "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu", "driver_version",
+    "clocks_throttle_reasons.active",
+)  # fmt: skip
+
+
+def gpu_state(device: torch.device) -> dict[str, Any]:
+    """What moves a GPU's speed by itself: clocks, power and heat now, as nvidia-smi says; and the device's size."""
+    properties = torch.cuda.get_device_properties(device)
+    state: dict[str, Any] = {
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "cuda": torch.version.cuda,
+    }
+    command = [
+        "nvidia-smi",
+        f"--query-gpu={','.join(_GPU_FIELDS)}",
+        "--format=csv,noheader",
+        f"--id=GPU-{properties.uuid}",
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return state
+    return state | dict(zip(_GPU_FIELDS, (value.strip() for value in done.stdout.split(",")), strict=False))
+
+
 def _versions() -> dict[str, str]:
     found = {}
-    for package in ("torch", "numpy", "transformers", "tokenizers", "triton", "bgpo_kernels"):
+    for package in ("torch", "numpy", "transformers", "tokenizers", "triton", "bgpo_kernels", "peft", "bitsandbytes",
+                    "torchao", "liger_kernel", "cut_cross_entropy", "quack-kernels"):  # fmt: skip
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -13,6 +13,7 @@ from .bound import BoundStats, bgpo_loss
 from .estimators import BgpoStep, ReplayStep, bgpo_backward, elbo_logprob, replay_backward
 from .head import bgpo_head_loss, masked_logprob
 from .masks import CountSchedule, MaskDraw, random_mask
+from .validation import check_values
 from .workspace import set_workspace_bytes, workspace_bytes
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "bgpo_backward",
     "bgpo_head_loss",
     "bgpo_loss",
+    "check_values",
     "elbo_logprob",
     "masked_logprob",
     "models",

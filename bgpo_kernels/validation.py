@@ -1,15 +1,17 @@
 """Checks of what users pass. A wrong value raises ValueError, a wrong type TypeError, before any kernel runs; every
 message names the argument and shows the shapes, dtypes or ids at fault.
 
-Checks of *values* (ids, finiteness) read the tensor; on a GPU that is one synchronisation, so each public call makes at
-most one such check, and the internal paths that reuse a validated draw make none.
+Checks of *values* (ids, finiteness) make the host wait for a GPU. So a public call makes them all in one read
+(``values``), the loops inside the estimators make none, and ``check_values(False)`` leaves them out.
 """
 
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,19 +77,86 @@ def number(name: str, value: Any, low: float, *, exclusive: bool = False, high: 
     return value
 
 
+class _Checking(threading.local):
+    enabled = True
+
+
+_checking = _Checking()
+
+
+class check_values:
+    """Whether calls look at the values of their tensors, for this thread; usable as ``with bk.check_values(False):``.
+
+    On (the default), ids out of range and non-finite advantages raise ``ValueError``; on a GPU the host then waits once
+    per call for the work queued so far. Off, calls of ``masked_logprob``, ``bgpo_loss`` and ``bgpo_head_loss`` only
+    queue work, and it is the caller who vouches for ids, as kernels index memory with them. While a CUDA graph is being
+    captured they are off by themselves. ``random_mask`` and the model-level calls always make their one read, which
+    tells them the lengths.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        self._before = _checking.enabled
+        _checking.enabled = bool(enabled)
+
+    def __enter__(self) -> None:
+        """The setting is already in force."""
+
+    def __exit__(self, *_: object) -> None:
+        _checking.enabled = self._before
+
+
+def _reads(device: torch.device) -> bool:
+    return _checking.enabled and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+class Suspect(NamedTuple):
+    """Something to look for in a tensor's values."""
+
+    value: Tensor
+    bad: Callable[[Tensor], Tensor]  # which entries are
+    message: Callable[[Tensor], str]  # from those flags
+
+
+def values(*suspects: Suspect) -> None:
+    """ValueError for the first suspect that holds a bad entry; one read for all of them."""
+    found = [(s, s.bad(s.value)) for s in suspects if s.value.numel() and _reads(s.value.device)]
+    if not found:
+        return
+    for (suspect, bad), any_bad in zip(found, torch.stack([bad.any() for _, bad in found]).tolist(), strict=True):
+        if any_bad:
+            raise ValueError(suspect.message(bad))
+
+
+def non_finite(name: str, value: Tensor) -> Suspect:
+    """Entries that are not finite; the message shows the first of them."""
+
+    def message(bad: Tensor) -> str:
+        where, held = bad.nonzero()[:4].tolist(), value[bad][:4].tolist()
+        return f"{name} holds non-finite values, first at {where}: {held}"
+
+    return Suspect(value, lambda x: ~torch.isfinite(x), message)
+
+
+def outside(name: str, value: Tensor, low: int, high: int, what: str) -> Suspect:
+    """Ids outside [low, high); the message shows the first of them."""
+
+    def message(bad: Tensor) -> str:
+        where, held = bad.nonzero()[:4].tolist(), value[bad][:4].tolist()
+        return f"{name} must be in [{low}, {high}) ({what}); got {held} at {where}"
+
+    return Suspect(value, lambda x: (x < low) | (x >= high), message)
+
+
+def not_positive(name: str, value: Tensor) -> Suspect:
+    """Entries that are zero, negative or NaN."""
+    return Suspect(value, lambda x: ~(x > 0), lambda _: f"{name} must be positive, got {value.tolist()}")
+
+
 def finite(name: str, value: Tensor) -> None:
     """ValueError that shows the first offending positions unless all entries are finite."""
-    good = torch.isfinite(value)
-    if not bool(good.all()):
-        bad = (~good).nonzero()[:4].tolist()
-        raise ValueError(f"{name} holds non-finite values, first at {bad}: {value[~good][:4].tolist()}")
+    values(non_finite(name, value))
 
 
 def ids_in_range(name: str, value: Tensor, low: int, high: int, what: str) -> None:
     """ValueError that shows the offending ids unless all are in [low, high)."""
-    if value.numel() == 0:
-        return
-    bad = (value < low) | (value >= high)
-    if bool(bad.any()):
-        where = bad.nonzero()[:4].tolist()
-        raise ValueError(f"{name} must be in [{low}, {high}) ({what}); got {value[bad][:4].tolist()} at {where}")
+    values(outside(name, value, low, high, what))

@@ -1,7 +1,8 @@
 """The one workspace: a buffer for a chunk of logits, reused by every call, never larger than its set size.
 
 CPU buffers belong to a thread (the engine releases the GIL); CUDA buffers to a (device, stream), so that work queued on
-one stream may reuse the buffer without synchronisation. A buffer grows to what a call needs and stays.
+one stream may reuse the buffer without synchronisation. A buffer grows to what a call needs and stays. A call that is
+captured in a CUDA graph takes its buffer from the graph's own memory pool.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ def logits_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.dev
 
 def _buffer(size: int, device: torch.device) -> Tensor:
     size = -(-size // 256) * 256
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _new(size, device)  # the graph's own: one that is replayed on any stream must not share it with others
     if device.type == "cuda":
         key = (device.index, torch.cuda.current_stream(device).cuda_stream)
         buffer = _cuda_buffers.get(key)

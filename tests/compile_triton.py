@@ -31,9 +31,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from mask_model import make_spec
 
 from bgpo_kernels.bound import triton_kernels as bound
+from bgpo_kernels.bound.segments import RowSegments, SegmentBound
 from bgpo_kernels.head import triton_kernels as head
 from bgpo_kernels.head.options import LogitTransform
 from bgpo_kernels.masks import triton_kernels as masks
+from bgpo_kernels.masks.reference import Counts
 from bgpo_kernels.masks.schedule import HARMONIC, CountSchedule
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -99,13 +101,13 @@ def mask_cases() -> dict[str, Callable[[], object]]:
         "bernoulli": ("bernoulli", "stratified"),
         "coupled": ("coupled", "uniform"),
         "full": ("full", "stratified"),
+        "exact, shifted": ("exact", "stratified", 2, 1 << 32),
     }
 
-    def draw(scheme: str, schedule: str | CountSchedule) -> None:
-        spec = make_spec(scheme, schedule, n_mc, [tokens, tokens], prompt_threshold=1 << 30)
-        masks.draw_counts(response, torch.arange(2), spec.counts)
-        offsets = torch.zeros(2 * n_mc + 1, dtype=torch.int64)
-        masks.draw_masks(ids, response, response, torch.arange(2), offsets, 5, spec.masks)
+    def draw(scheme: str, schedule: str | CountSchedule, samples: int = n_mc, threshold: int = 1 << 30) -> None:
+        spec = make_spec(scheme, schedule, n_mc, [tokens, tokens], (1, samples), prompt_threshold=threshold)
+        counts = Counts(*(torch.full((2 * spec.samples + 1,), 5),) * 3)
+        masks.draw(ids, response, response, torch.arange(4)[4 - samples :][:2], spec, counts)
 
     return {name: lambda law=law: draw(*law) for name, law in laws.items()}
 
@@ -114,16 +116,26 @@ def head_cases() -> dict[str, Callable[[], object]]:
     every_option = LogitTransform(scale=0.5, softcap=30.0, temperature=0.7)
     annealed = LogitTransform(scale=-3.0, softcap=5.0, temperature=16.0)
 
-    def rows(vocab: int, dtype: torch.dtype, out: torch.dtype, transform: LogitTransform, extras: bool) -> None:
+    def rows(
+        vocab: int, dtype: torch.dtype, out: torch.dtype, transform: LogitTransform, extras: bool, shifted: bool = False
+    ) -> None:
+        clip = (0.2, 0.3, 3.0) if transform is annealed else (math.inf,) * 3
         acc = torch.float64 if dtype == torch.float64 else torch.float32
+        shift = 1 if shifted else 0  # slices of larger tensors, as chunks have them, are aligned by chance only
         step = 16 // dtype.itemsize  # ragged vocabularies have 16-byte aligned rows in the workspace
         stride = -(-vocab // step) * step
         logits = torch.zeros(2, stride, dtype=dtype)[:, :vocab]
-        targets, stats = torch.zeros(2, dtype=torch.int64), torch.ones(4, 2, dtype=acc)
+        targets, stats = torch.zeros(3, dtype=torch.int64)[shift:][:2], torch.ones(4, 3, dtype=acc)[:, shift:][:, :2]
         bias = torch.zeros(vocab, dtype=acc) if extras else None
-        g = torch.zeros(2, dtype=acc)
+        g = torch.zeros(3, dtype=acc)[shift:][:2]
         head.row_statistics(logits, targets, bias, transform, stats, extras)
         head.dlogits_(logits, targets, bias, transform, stats, g, g if extras else None, out)
+        old = torch.zeros(2, 2, dtype=acc) if extras else None  # off-policy with all options, on-policy without
+        bound = SegmentBound(g, old, torch.ones(2) if extras else None, clip, 4.0, (2, 2), "triton")
+        offsets, weight = torch.tensor([4, 5, 6, 7])[1 - shift :][:3], torch.ones(3)[shift:][:2]
+        segments = RowSegments(offsets, weight, 5 - shift, 7 - shift, 2, 4, bound)
+        sums = torch.zeros(3, dtype=acc)[shift:][:2]
+        head.bound_dlogits_(logits, targets, bias, transform, stats, segments, sums, out)
 
     f32, f64, bf16, f16, plain = torch.float32, torch.float64, torch.bfloat16, torch.float16, LogitTransform()
     arguments = {
@@ -134,6 +146,7 @@ def head_cases() -> dict[str, Callable[[], object]]:
         "ragged fp32 to bf16": (50257, f32, bf16, plain, False),
         "entropy fp32 to bf16": (126464, f32, bf16, plain, True),
         "all options fp32 to bf16": (126464, f32, bf16, every_option, True),
+        "llada fp32 to bf16, shifted": (126464, f32, bf16, plain, False, True),
         "all options fp64": (126464, f64, f64, every_option, True),
         "all options fp32 to bf16, annealed": (126464, f32, bf16, annealed, True),
         "all options fp64, annealed": (126464, f64, f64, annealed, True),

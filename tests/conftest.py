@@ -18,6 +18,13 @@ if not torch.cuda.is_available():
 with torch.device("cpu"):  # torch notes which functions make tensors at the first use, which must see the true `empty`
     torch.empty(0)
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Here and not in gpu/, so that it is known whichever folder the command names."""
+    text = "run tests/gpu without a GPU, on the CPU at tiny shapes: tries the tests, not the kernels"
+    parser.addoption("--rehearse", action="store_true", help=text)
+
+
 POISON = {torch.int64: -(2**62), torch.int32: -(2**30), torch.uint8: 0xA5}
 
 

@@ -58,8 +58,8 @@ void check(const Batch& batch, int scheme, int64_t prompt_threshold, int64_t lo,
     CHECK(lengths[0] == batch.length && lengths[1] == batch.length && !facts.held && !facts.overlap);
     std::vector<int32_t> count(2 * samples);
     std::vector<float> weight(2 * samples);
-    const CountArgs counts{batch.response.data(), batch.sample_ids.data(), 2, batch.tokens, kSamples, lo, hi, 9,
-                           scheme, kStratified, nullptr, nullptr, nullptr};
+    const CountArgs counts{lengths.data(), batch.sample_ids.data(), 2, kSamples, lo, hi, 9, scheme, kStratified,
+                           nullptr, nullptr, nullptr};
     kernels_checked.draw_counts(counts, count.data(), weight.data(), offsets.data(), kThreads);
     Guarded noisy(2 * samples * batch.tokens), rows(offsets.back()), targets(offsets.back());
     const DrawArgs draw{batch.ids.data(), batch.responses.data(), batch.prompt.data(), batch.sample_ids.data(),

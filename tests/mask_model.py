@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 import bgpo_kernels as bk
-from bgpo_kernels.masks.schedule import CountSpec, DrawSpec, MaskSpec, count_tables
+from bgpo_kernels.masks import reference
+from bgpo_kernels.masks.reference import Draw
+from bgpo_kernels.masks.schedule import DrawSpec, count_tables
 
 M32 = 2**32 - 1
 KEYS, COUNTS, PROMPT = 0, 1, 2
@@ -161,15 +163,6 @@ def bits_of(drawn: bk.MaskDraw, response_mask: Tensor) -> list[list[int]]:
     return found
 
 
-class EngineDraw(NamedTuple):
-    count: Tensor
-    weight: Tensor
-    offsets: Tensor
-    noisy_ids: Tensor
-    rows: Tensor
-    targets: Tensor
-
-
 def draw_with(
     engine: Any,
     input_ids: Tensor,
@@ -177,13 +170,11 @@ def draw_with(
     prompt_mask: Tensor | None,
     sample_ids: Tensor,
     spec: DrawSpec,
-) -> EngineDraw:
-    """Both steps of a draw by one backend's module, without the checks of `random_mask`."""
-    count, weight, offsets = engine.draw_counts(response_mask, sample_ids, spec.counts)
-    masks = engine.draw_masks(
-        input_ids, response_mask, prompt_mask, sample_ids, offsets, int(offsets[-1]), spec.masks
-    )  # fmt: skip
-    return EngineDraw(count, weight, offsets, *masks)
+) -> Draw:
+    """A draw by one backend's module, without the checks of `random_mask`; counts by its own law where it has one."""
+    law = getattr(engine, "draw_counts", reference.draw_counts)
+    counts = law(response_mask.sum(-1).cpu(), sample_ids.cpu(), spec)
+    return engine.draw(input_ids, response_mask, prompt_mask, sample_ids, spec, counts)
 
 
 def make_spec(
@@ -197,11 +188,10 @@ def make_spec(
 ) -> DrawSpec:
     """What `draw_with` takes; a CountSchedule needs the response lengths."""
     lo, hi = mc_range or (0, n_mc)
-    tables: tuple[Tensor | None, ...] = ()
+    tables = None
     if isinstance(schedule, bk.CountSchedule):
         tables, schedule = count_tables(schedule, lengths or [], n_mc), "table"
-    counts = CountSpec(scheme, schedule, n_mc, lo, hi, seed, *tables)
-    return DrawSpec(counts, MaskSpec(scheme == "coupled", lo, hi, seed, MASK_ID, prompt_threshold))
+    return DrawSpec(scheme, schedule, n_mc, lo, hi, seed, MASK_ID, prompt_threshold, tables, tables)
 
 
 def assert_same_draw(got: bk.MaskDraw, want: bk.MaskDraw, what: str = "") -> None:

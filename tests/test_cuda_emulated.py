@@ -12,13 +12,15 @@ from types import SimpleNamespace
 import cuda_emulator
 import pytest
 import torch
-from mask_model import MASK_ID, EngineDraw, draw_with, make_spec
+from fused_bound import CLIPPED, OPEN, assert_right, make_case
+from mask_model import MASK_ID, draw_with, make_spec
 from torch import Tensor
 
 from bgpo_kernels.bound import reference as bound_reference
 from bgpo_kernels.head import reference as head_reference
 from bgpo_kernels.head.options import LogitTransform
 from bgpo_kernels.masks import reference as mask_reference
+from bgpo_kernels.masks.reference import Draw
 from bgpo_kernels.masks.schedule import HARMONIC, CountSchedule, DrawSpec
 
 ORDERS = ["forward", "backward", "shuffled"]
@@ -58,7 +60,7 @@ def assert_same_draw(
 ) -> None:
     want = draw_with(mask_reference, ids, response, prompt, sample_ids, spec)
     got = draw_with(cuda.masks, ids, response, prompt, sample_ids, spec)
-    for name, w, g in zip(EngineDraw._fields, want, got, strict=True):
+    for name, w, g in zip(Draw._fields, want, got, strict=True):
         assert w.dtype == g.dtype and torch.equal(w, g), f"{name} of {spec}"
 
 
@@ -279,3 +281,26 @@ def test_bound(cuda: SimpleNamespace, dtype: torch.dtype, clips: tuple[float, fl
         got = cuda.bound.bound(logprob, advantages, *arguments, *clips)
         for w, g in zip(want, got, strict=True):
             torch.testing.assert_close(g, w, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("clip", [OPEN, CLIPPED], ids=["open", "clipped"])
+@pytest.mark.parametrize("old", [False, True], ids=["on-policy", "off-policy"])
+@pytest.mark.parametrize(
+    ("logits", "out", "vocab"),
+    [
+        (torch.float32, torch.float32, 41),
+        (torch.float32, torch.bfloat16, 4105),
+        (torch.float64, torch.float64, 41),
+        (torch.bfloat16, torch.bfloat16, 41),
+    ],
+    ids=str,
+)
+def test_bound_in_the_kernel_that_makes_dlogits(
+    cuda: SimpleNamespace, order: str, logits: torch.dtype, out: torch.dtype, vocab: int, old: bool,
+    clip: tuple[float, float, float],
+) -> None:  # fmt: skip
+    case = make_case(vocab, old, clip, TRANSFORMS[2 if vocab < 100 else 0])
+    got = case.run(cuda.head, "cuda", logits, out, "cpu")
+    if logits == torch.bfloat16:  # the reference's logits must be the rounded ones, too
+        case = case._replace(logits=case.logits.bfloat16().double())
+    assert_right(got, case)

@@ -114,8 +114,8 @@ def test_error_in_the_head(model: nn.Module, call: Call, error: BaseException, m
     """In the kernels themselves, with the head's sum half done."""
     from bgpo_kernels.head import engine
 
-    real, breaking = engine._Chunk.backward, Break(error, 3)
-    monkeypatch.setattr(engine._Chunk, "backward", lambda self, *a, **k: (real(self, *a, **k), breaking())[0])
+    real, breaking = engine._Chunk._feed, Break(error, 3)
+    monkeypatch.setattr(engine._Chunk, "_feed", lambda self, *a, **k: (real(self, *a, **k), breaking())[0])
     with pytest.raises(type(error)):
         call(model, make_batch())
 

@@ -35,7 +35,7 @@ from bgpo_kernels import _cpu
 from bgpo_kernels.backends import engine as engine_of
 from bgpo_kernels.backends import why_not
 from bgpo_kernels.masks import cpu, reference
-from bgpo_kernels.masks.schedule import CountSpec
+from bgpo_kernels.masks.schedule import CountTables, DrawSpec
 
 # Masked positions (bit p: position p) of samples 0..3 of 4 for each of three sample ids, responses of 12 tokens. These
 # numbers are the version: code that changes one of them draws another stream, and stored seeds no longer replay.
@@ -152,8 +152,8 @@ def test_thresholds_belong_to_the_upper_side(backend: str) -> None:
     word = (1 << 32) + words(0, 1, 9, COUNTS, 7)[0]
     for threshold, count in ((word, 2), (word + 1, 1)):
         tables = torch.tensor([threshold, 2 << 32]), torch.ones(2), torch.tensor([0])
-        spec = CountSpec("exact", "table", 2, 1, 2, 7, *tables)
-        assert engine.draw_counts(response, sample_ids, spec)[0].item() == count
+        spec = DrawSpec("exact", "table", 2, 1, 2, 7, MASK_ID, tables=CountTables(*tables))
+        assert engine.draw_counts(torch.tensor([2]), sample_ids, spec).masked.item() == count
     word = words(3, 1, 9, PROMPT, 7)[0]
     for threshold, masked in ((word, False), (word + 1, True)):
         spec = make_spec("exact", "uniform", 2, mc_range=(1, 2), seed=7, prompt_threshold=threshold)
@@ -194,7 +194,7 @@ def test_word_1_decides_between_equal_words_0(
         ids, ids == 0, mask_token_id=MASK_ID, n_mc=1, seed=7, sample_ids=sample_ids, backend=backend,
         schedule=bk.CountSchedule(law.tolist()),
     )  # fmt: skip
-    assert int(drawn.count) == count == int((drawn.noisy_ids == MASK_ID).sum())
+    assert int(drawn.masked) == count == int((drawn.noisy_ids == MASK_ID).sum())
     assert drawn.noisy_ids[0, 0, first] == MASK_ID and drawn.noisy_ids[0, 0, second] == 0
 
 
@@ -234,7 +234,7 @@ def test_long_responses_give_the_reference_bits(law: str, kernels: str) -> None:
     assert_same_draw(redraw(backend="cpu"), want, f"({kernels})")
     if "bernoulli" not in law:
         masked = (want.noisy_ids == MASK_ID) & redraw.args[2][:, None]
-        assert torch.equal(masked.sum(-1), want.count)
+        assert torch.equal(masked.sum(-1), want.masked)
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -280,8 +280,8 @@ def test_the_compiled_inspection_of_inputs(prompts: bool, kernels: str) -> None:
     negative[3, 40], negative[0, 0] = -7, 2**40
     overlapping[1, 0] = True
     cases = [(ids, response), (held, response), (negative, response), (ids, overlapping), (ids.T.clone().T, response)]
-    found = [cpu.input_facts(i, r, prompt, MASK_ID) for i, r in cases]
-    assert found == [reference.input_facts(i, r, prompt, MASK_ID) for i, r in cases]
+    found = [cpu.input_facts(i, r, prompt, None, MASK_ID) for i, r in cases]
+    assert found == [reference.input_facts(i, r, prompt, None, MASK_ID) for i, r in cases]
     assert [facts.held for facts in found] == [False, True, False, False, False]
     assert [facts.overlap for facts in found] == [False, False, False, prompts, False]
     assert found[2].lowest == -7 and found[2].highest == 2**40 and found[0].lengths == response.sum(-1).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import reduce
 from itertools import pairwise
 from operator import add
@@ -15,6 +16,7 @@ from torch import Tensor
 import bgpo_kernels as bk
 from bgpo_kernels.bound import ops as bound_ops
 from bgpo_kernels.masks import ops as mask_ops
+from bgpo_kernels.masks import reference as mask_reference
 from bgpo_kernels.masks.schedule import HARMONIC
 
 BACKENDS = ["reference", "cpu"]
@@ -283,18 +285,16 @@ def test_a_draw_built_by_hand_is_the_same_draw() -> None:
 @pytest.mark.no_poison
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("law", ["exact-stratified", "exact-harmonic", "bernoulli-uniform", "coupled-uniform", "full"])
-def test_opcheck_of_the_mask_ops(law: str, backend: str) -> None:
+def test_opcheck_of_the_mask_op(law: str, backend: str) -> None:
     ids, response = make_batch([3, 7], 10)
     sample_ids = torch.tensor([0, 5])
     scheme, schedule, _ = LAWS[law]
     spec = make_spec(scheme, HARMONIC if schedule == "harmonic" else schedule, 4, [3, 7], (1, 3))
-    c = spec.counts
-    counts = (response, sample_ids, c.thresholds, c.table_weights, c.table_start, c.scheme, c.schedule, 4, 1, 3, -5)
-    torch.library.opcheck(mask_ops.mask_counts, (*counts, backend))
-    offsets = mask_ops.mask_counts(*counts, backend)[2]
+    counts = mask_reference.draw_counts(response.sum(-1), sample_ids, replace(spec, seed=2**64 - 5))
+    host = (*(spec.tables or (None, None, None)), *counts, int(counts.offsets[-1]))
     prompt = None if law == "full" else ~response
-    where = (offsets, int(offsets[-1]), scheme == "coupled", 1, 3, -5, MASK_ID, 2**31, backend)
-    torch.library.opcheck(mask_ops.mask_draw, (ids, response, prompt, sample_ids, *where))
+    numbers = (spec.scheme, spec.schedule, 4, 1, 3, -5, MASK_ID, 2**31, backend)
+    torch.library.opcheck(mask_ops.mask_draw, (ids, response, prompt, sample_ids, *host, *numbers))
 
 
 @pytest.mark.no_poison

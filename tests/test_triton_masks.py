@@ -9,10 +9,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
-from mask_model import MASK_ID, PHILOX_ANSWERS, EngineDraw, draw_with, make_spec
+from mask_model import MASK_ID, PHILOX_ANSWERS, draw_with, make_spec
 
 from bgpo_kernels._triton_philox import philox4x32, seed_words
 from bgpo_kernels.masks import reference, triton_kernels
+from bgpo_kernels.masks.reference import Draw
 from bgpo_kernels.masks.schedule import HARMONIC, CountSchedule, DrawSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,13 +63,13 @@ def make_batch(lengths: list[int], tokens: int) -> tuple[Tensor, Tensor]:
 
 def assert_same_draw(
     input_ids: Tensor, response: Tensor, spec: DrawSpec, ids: Tensor | None = None, prompt: Tensor | None = None
-) -> EngineDraw:
-    """Both kernels' outputs, equal to the reference's bit for bit; returns the reference's."""
+) -> Draw:
+    """The kernel's outputs, equal to the reference's bit for bit; returns the reference's."""
     ids = torch.arange(len(input_ids), device=DEVICE) if ids is None else ids.to(DEVICE)
     on_cpu = (input_ids.cpu(), response.cpu(), None if prompt is None else prompt.cpu(), ids.cpu())
     want = draw_with(reference, *on_cpu, spec)
     got = draw_with(triton_kernels, input_ids, response, prompt, ids, spec)
-    for name, w, g in zip(EngineDraw._fields, want, got, strict=True):
+    for name, w, g in zip(Draw._fields, want, got, strict=True):
         assert g.dtype == w.dtype and torch.equal(g.cpu(), w), f"{name} of {spec}"
     return want
 
@@ -97,15 +98,15 @@ def test_lengths_around_a_block(length: int) -> None:
     input_ids, response = make_batch([length], length + 3)
     spec = make_spec("exact", "stratified", 2)
     drawn = assert_same_draw(input_ids, response, spec)
-    assert torch.equal((drawn.noisy_ids == MASK_ID).sum(-1), drawn.count)
+    assert torch.equal((drawn.noisy_ids == MASK_ID).sum(-1), drawn.masked)
 
 
 def test_longest_response() -> None:
     length = 32768
     input_ids, response = make_batch([length], length)
     drawn = assert_same_draw(input_ids, response, make_spec("exact", "stratified", 4, mc_range=(1, 2)))
-    assert int((drawn.noisy_ids == MASK_ID).sum()) == int(drawn.count)
-    assert length // 4 <= int(drawn.count) <= length // 2 + 1
+    assert int((drawn.noisy_ids == MASK_ID).sum()) == int(drawn.masked)
+    assert length // 4 <= int(drawn.masked) <= length // 2 + 1
 
 
 def test_long_table_spans_blocks() -> None:
@@ -122,7 +123,7 @@ def test_a_range_of_samples_is_a_slice_of_the_full_draw(scheme: str, mc_range: t
     inputs = (triton_kernels, input_ids, response, None, ids)
     whole = draw_with(*inputs, make_spec(scheme, "stratified", 6))
     part = draw_with(*inputs, make_spec(scheme, "stratified", 6, mc_range=mc_range))
-    for name in ("noisy_ids", "count", "weight"):
+    for name in ("noisy_ids", "masked", "weight"):
         assert torch.equal(getattr(whole, name)[:, slice(*mc_range)], getattr(part, name)), name
 
 
@@ -178,7 +179,7 @@ def test_row_alone_equals_row_in_a_batch() -> None:
     for b in range(3):
         row = slice(b, b + 1)
         alone = draw_with(triton_kernels, input_ids[row], response[row], None, ids[row], spec)
-        for name in ("noisy_ids", "count", "weight"):
+        for name in ("noisy_ids", "masked", "weight"):
             assert torch.equal(getattr(together, name)[row], getattr(alone, name)), name
 
 
@@ -202,7 +203,7 @@ def test_ties_are_filled_in_position_order(monkeypatch: pytest.MonkeyPatch, sche
         key_sample = j - j % 2 if scheme == "coupled" else j
         level = [(p * 7 + key_sample) % 4 for p in range(length)]
         order = sorted(range(length), key=lambda p: (2**64 - 1 if level[p] == 3 else level[p], p))
-        total = int(drawn.count[0, j])
+        total = int(drawn.masked[0, j])
         chosen = order[length - total :] if scheme == "coupled" and j % 2 else order[:total]
         assert (drawn.noisy_ids[0, j] == MASK_ID).nonzero().flatten().tolist() == sorted(chosen)
 
@@ -211,8 +212,8 @@ def test_counts_of_zero_and_all_in_coupled_pairs() -> None:
     """L = 1 with many pairs draws l = 0 and l = 1: empty sides weigh 0 and their complements hold the token."""
     input_ids, response = make_batch([1], 3)
     drawn = assert_same_draw(input_ids, response, make_spec("coupled", "stratified", 8))
-    assert set(drawn.count.flatten().tolist()) == {0, 1}
-    assert torch.equal(drawn.weight, torch.where(drawn.count > 0, 2.0, 0.0))
+    assert set(drawn.masked.flatten().tolist()) == {0, 1}
+    assert torch.equal(drawn.weight, torch.where(drawn.masked > 0, 2.0, 0.0))
 
 
 def guarded(data: Tensor, poison: float) -> tuple[Tensor, Tensor]:
@@ -241,9 +242,9 @@ def test_reads_and_writes_stay_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty_like", lambda t: guard(like(t)))
     amid = [guarded(x, 1)[0] for x in (input_ids, response, prompt, ids)]
     got = draw_with(triton_kernels, *amid, spec)
-    for name, w, g in zip(EngineDraw._fields, want, got, strict=True):
+    for name, w, g in zip(Draw._fields, want, got, strict=True):
         assert torch.equal(g.cpu(), w), name
-    assert len(outputs) == 5
+    assert len(outputs) >= 7  # six outputs and the state of the scan
     for storage in outputs:
         assert (storage[:128] == 77).all() and (storage[-128:] == 77).all()
 
@@ -252,5 +253,5 @@ def test_empty_batch_and_no_rows() -> None:
     spec = make_spec("exact", "uniform", 2)
     none = torch.empty(0, 5, dtype=torch.int64, device=DEVICE)
     drawn = draw_with(triton_kernels, none, none.bool(), None, none[:, 0], spec)
-    assert drawn.noisy_ids.shape == (0, 2, 5) and drawn.count.shape == drawn.weight.shape == (0, 2)
+    assert drawn.noisy_ids.shape == (0, 2, 5) and drawn.masked.shape == drawn.weight.shape == (0, 2)
     assert drawn.offsets.tolist() == [0] and drawn.rows.shape == drawn.targets.shape == (0,)

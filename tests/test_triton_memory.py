@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mask_model import MASK_ID, make_spec
+from mask_model import MASK_ID, draw_with, make_spec
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -25,7 +25,7 @@ from bgpo_kernels.bound import triton_kernels as bound
 from bgpo_kernels.head import triton_kernels as head
 from bgpo_kernels.head.options import LogitTransform
 from bgpo_kernels.masks import triton_kernels as masks
-from bgpo_kernels.masks.schedule import HARMONIC
+from bgpo_kernels.masks.schedule import HARMONIC, CountTables
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or sys.platform != "linux", reason="needs the interpreter on the CPU, and mprotect"
@@ -95,11 +95,9 @@ def test_masks(scheme: str, schedule: str) -> None:
         prompt = at_the_edge(~response)
         law = HARMONIC if schedule == "table" else schedule
         spec = make_spec(scheme, law, 2, response.sum(-1).tolist(), seed=9, prompt_threshold=1 << 31)
-        names = ("thresholds", "table_weights", "table_start") if schedule == "table" else ()
-        counts = replace(spec.counts, **{name: at_the_edge(getattr(spec.counts, name)) for name in names})
-        sample_ids = at_the_edge(torch.arange(2))
-        offsets = at_the_edge(masks.draw_counts(response, sample_ids, counts)[2])
-        masks.draw_masks(input_ids, response, prompt, sample_ids, offsets, int(offsets[-1]), spec.masks)
+        if spec.device_tables is not None:
+            spec = replace(spec, device_tables=CountTables(*map(at_the_edge, spec.device_tables)))
+        draw_with(masks, input_ids, response, prompt, at_the_edge(torch.arange(2)), spec)
 
     assert survives(case)
 

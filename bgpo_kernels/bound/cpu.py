@@ -30,7 +30,7 @@ def bound(
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.bound``."""
     logprob = logprob.contiguous()
-    advantages = advantages.to(torch.float32).contiguous()
+    advantages = advantages.to(logprob.dtype).contiguous()
     old, length = dense(old, logprob.dtype), dense(length, torch.float32)
     term, slope = torch.empty_like(logprob), torch.empty_like(logprob)
     call = _cpu.bound_f64 if logprob.dtype == torch.float64 else _cpu.bound_f32

@@ -10,7 +10,7 @@ from ..native import address, dense, stream
 
 
 def segment_sum(values: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
-    """As ``reference.segment_sum``, added by 32 lanes and a tree instead of row by row: fixed order, rounded once."""
+    """As ``reference.segment_sum``, added by 256 threads and a tree, not row by row: fixed order, rounded once."""
     values, offsets = values.contiguous(), offsets.contiguous()
     weight = weight.to(torch.float32).contiguous()
     out = torch.empty(weight.shape[0], dtype=values.dtype, device=values.device)
@@ -30,7 +30,7 @@ def bound(
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.bound``."""
     logprob = logprob.contiguous()
-    advantages = advantages.to(torch.float32).contiguous()
+    advantages = advantages.to(logprob.dtype).contiguous()
     old, length = dense(old, logprob.dtype), dense(length, torch.float32)
     term, slope = torch.empty_like(logprob), torch.empty_like(logprob)
     call = _cuda.bound_f64 if logprob.dtype == torch.float64 else _cuda.bound_f32

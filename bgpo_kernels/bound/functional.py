@@ -111,38 +111,45 @@ def check_bound_inputs(logprob: Tensor, advantages: Tensor, old_logprob: Tensor 
     check.shape("logprob", logprob, ("B", "n"))
     if logprob.numel() == 0:
         raise ValueError(f"logprob [B, n] must hold at least one sample, got {list(logprob.shape)}")
-    check.same_device("advantages", check.tensor("advantages", advantages), "logprob", logprob)
-    check_advantages(advantages, logprob.shape[0])
+    check_samples(advantages, old_logprob, length, logprob.shape, "logprob", logprob)
+
+
+def check_samples(
+    advantages: Tensor,
+    old_logprob: Tensor | None,
+    length: Tensor | None,
+    shape: tuple[int, int] | torch.Size,
+    other_name: str,
+    other: Tensor,
+) -> None:
+    """What the bound takes besides log-probabilities ``[B, n]``, on the device of another tensor; one read in all."""
+    batch, samples = shape
+    suspects = [check_advantages(advantages, batch)]
+    check.same_device("advantages", advantages, other_name, other)
     if old_logprob is not None:
-        check.same_device("old_logprob", check.tensor("old_logprob", old_logprob), "logprob", logprob)
-        check_old_logprob(old_logprob, logprob.shape[0], logprob.shape[1])
-        check.finite("old_logprob", old_logprob)
+        check_old_logprob(old_logprob, batch, samples)
+        check.same_device("old_logprob", old_logprob, other_name, other)
+        suspects.append(check.non_finite("old_logprob", old_logprob))
     if length is not None:
-        check.same_device("length", check.tensor("length", length), "logprob", logprob)
-        check_length(length, logprob.shape[0])
+        check.dtype("length", check.tensor("length", length), torch.int64, torch.int32, torch.float32, torch.float64)
+        check.shape("length", length, (batch,), " (one per sequence)")
+        check.same_device("length", length, other_name, other)
+        suspects += [check.non_finite("length", length), check.not_positive("length", length)]
+    check.values(*suspects)
 
 
-def check_advantages(advantages: Tensor, batch: int) -> None:
-    """One finite float per sequence."""
+def check_advantages(advantages: Tensor, batch: int) -> check.Suspect:
+    """One float per sequence; whether all are finite is left to ``check.values``."""
     check.dtype("advantages", check.tensor("advantages", advantages), torch.float32, torch.float64, torch.bfloat16,
                 torch.float16)  # fmt: skip
     check.shape("advantages", advantages, (batch,), " (one per sequence)")
-    check.finite("advantages", advantages)
+    return check.non_finite("advantages", advantages)
 
 
 def check_old_logprob(old_logprob: Tensor, batch: int, samples: int) -> None:
     """Shape and dtype; finiteness is the caller's, who knows which sequences take part."""
     check.dtype("old_logprob", check.tensor("old_logprob", old_logprob), torch.float32, torch.float64)
     check.shape("old_logprob", old_logprob, (batch, samples), " (one per sequence and MC sample)")
-
-
-def check_length(length: Tensor, batch: int) -> None:
-    """One finite positive number per sequence."""
-    check.dtype("length", check.tensor("length", length), torch.int64, torch.int32, torch.float32, torch.float64)
-    check.shape("length", length, (batch,), " (one per sequence)")
-    check.finite("length", length)
-    if not bool((length > 0).all()):
-        raise ValueError(f"length must be positive, got {length.tolist()}")
 
 
 def bound_stats(

@@ -18,11 +18,38 @@ from torch import Tensor
 
 from .._triton_math import bits, divide, number
 
-SEGMENT_BLOCK = 256  # values per pass: 2 per thread of 4 warps, as a segment holds a few hundred
+# Values per pass and warps, also of the row kernel that adds up segments: the order of additions follows from both.
+SEGMENT_BLOCK, SEGMENT_WARPS = 256, 8
 BOUND_BLOCK = 256  # samples per program
 
 
 @triton.jit
+def weighted_sum(values, begin, end, weight, BLOCK: tl.constexpr):
+    """weight * sum(values[begin:end]) in the dtype of values, for every kernel that needs one: the same bits in all."""
+    total = tl.zeros([BLOCK], tl.float64)
+    row = begin
+    while row < end:
+        index = row + tl.arange(0, BLOCK)
+        total += tl.load(values + index, mask=index < end, other=0.0).to(tl.float64)
+        row += BLOCK
+    return (weight.to(tl.float64) * tl.sum(total, 0)).to(values.dtype.element_ty)
+
+
+@triton.jit
+def bound_terms(d, advantage, length, highest, floor, ceiling):
+    """Term and slope of samples, all in the dtype of d."""
+    linear = 1.0 + d
+    ratio = tl.exp(d.to(tl.float64)).to(d.dtype)  # the fast fp32 exponential loses |d| ulp, and there are few samples
+    clipped = tl.where(ratio < floor, floor, ratio)
+    clipped = tl.where(clipped > ceiling, ceiling, clipped)
+    gains = advantage >= 0.0
+    term = advantage * tl.where(gains, tl.where(linear > highest, highest, linear), clipped)
+    outside = tl.where(gains, linear > highest, (ratio < floor) | (ratio > ceiling))  # a NaN is not
+    slope = tl.where(outside, 0.0, divide(advantage * tl.where(gains, 1.0, ratio), length))
+    return term, slope
+
+
+@triton.jit(do_not_specialize_on_alignment=("values", "offsets", "weight", "sums"))
 def _segment_sum_kernel(
     values,  # [N] fp32 or fp64
     offsets,  # [S+1] int64
@@ -30,19 +57,16 @@ def _segment_sum_kernel(
     sums,  # [S] out
     BLOCK: tl.constexpr,
 ):
-    segment = tl.program_id(0)
-    row = tl.load(offsets + segment)
-    end = tl.load(offsets + segment + 1)
-    total = tl.zeros([BLOCK], tl.float64)
-    while row < end:
-        index = row + tl.arange(0, BLOCK)
-        total += tl.load(values + index, mask=index < end, other=0.0).to(tl.float64)
-        row += BLOCK
-    weighted = tl.load(weight + segment).to(tl.float64) * tl.sum(total, 0)
-    tl.store(sums + segment, weighted.to(sums.dtype.element_ty))
+    s = tl.program_id(0)
+    begin = tl.load(offsets + s)
+    end = tl.load(offsets + s + 1)
+    tl.store(sums + s, weighted_sum(values, begin, end, tl.load(weight + s), BLOCK))
 
 
-@triton.jit(do_not_specialize=("highest", "floor", "ceiling"))
+@triton.jit(
+    do_not_specialize=("size", "samples", "highest", "floor", "ceiling"),
+    do_not_specialize_on_alignment=("logprob", "advantages", "old", "lengths", "terms", "slopes"),
+)
 def _bound_kernel(
     logprob,  # [B, n]
     advantages,  # [B]
@@ -70,20 +94,16 @@ def _bound_kernel(
     if old is not None:
         base = tl.load(old + index, mask=inside, other=0.0).to(DTYPE)
     d = divide(new - base, length)
-    linear = 1.0 + d
-    ratio = tl.exp(d.to(tl.float64)).to(DTYPE)  # the fast fp32 exponential loses |d| ulp, and there are few samples
-    highest = number(highest, DTYPE)
-    floor = number(floor, DTYPE)
-    ceiling = number(ceiling, DTYPE)
-
-    clipped = tl.where(ratio < floor, floor, ratio)
-    clipped = tl.where(clipped > ceiling, ceiling, clipped)
-    gains = advantage >= 0.0
-    term = advantage * tl.where(gains, tl.where(linear > highest, highest, linear), clipped)
-    outside = tl.where(gains, linear > highest, (ratio < floor) | (ratio > ceiling))  # a NaN is not
-    slope = tl.where(outside, 0.0, divide(advantage * tl.where(gains, 1.0, ratio), length))
+    term, slope = bound_terms(
+        d, advantage, length, number(highest, DTYPE), number(floor, DTYPE), number(ceiling, DTYPE)
+    )
     tl.store(terms + index, term, mask=inside)
     tl.store(slopes + index, slope, mask=inside)
+
+
+def clip_bits(clip_low: float, clip_high: float, dual_clip: float) -> dict[str, int]:
+    """The clip limits as kernels' arguments."""
+    return {"highest": bits(1.0 + clip_high), "floor": bits(1.0 - clip_low), "ceiling": bits(dual_clip)}
 
 
 def segment_sum(
@@ -98,7 +118,7 @@ def segment_sum(
         with torch.cuda.device_of(values):
             _segment_sum_kernel[(segments,)](
                 values.contiguous(), offsets.contiguous(), weight.contiguous(), sums,
-                BLOCK=SEGMENT_BLOCK, enable_fp_fusion=False,
+                BLOCK=SEGMENT_BLOCK, num_warps=SEGMENT_WARPS, enable_fp_fusion=False,
             )  # fmt: skip
     return sums
 
@@ -120,7 +140,6 @@ def bound(
             _bound_kernel[(triton.cdiv(logprob.numel(), BOUND_BLOCK),)](
                 logprob.contiguous(), advantages.contiguous(), None if old is None else old.contiguous(),
                 None if length is None else length.contiguous(), term, slope, logprob.numel(), logprob.shape[1],
-                bits(1.0 + clip_high), bits(1.0 - clip_low), bits(dual_clip),
-                BLOCK=BOUND_BLOCK, enable_fp_fusion=False,
+                **clip_bits(clip_low, clip_high, dual_clip), BLOCK=BOUND_BLOCK, enable_fp_fusion=False,
             )  # fmt: skip
     return term, slope

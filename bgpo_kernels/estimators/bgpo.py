@@ -90,7 +90,7 @@ def bgpo_backward(
         backend=backend,
     )  # fmt: skip
     batch, samples = input_ids.shape[0], problem.n_mc
-    check_advantages(advantages, batch)
+    check.values(check_advantages(advantages, batch))
     check.same_device("advantages", advantages, "input_ids", input_ids)
     advantages = advantages.detach().float()
     host_advantages = advantages.tolist()
@@ -114,19 +114,14 @@ def _accumulate(problem: Problem, bound: SegmentBound, active: list[int], micro_
     logprob = torch.full(bound.shape, torch.nan, dtype=problem.score_dtype, device=problem.device)
 
     def body(b: int, lo: int, hi: int) -> None:
-        first = b * bound.shape[1] + lo
-
-        def coefficients(begin: int, end: int, sums: Tensor) -> Tensor:
-            return bound.coefficients(first + begin, first + end, sums)
-
-        sums, roots = backward_samples(problem, problem.draw(b, lo, hi), coefficients, bound.known, sink)
+        sums, roots = backward_samples(problem, problem.draw(b, lo, hi), bound.samples(b, lo, hi), sink)
         logprob[b, lo:hi] = sums
         start_backward(roots)
 
     with guard.accumulating():
         MicroBatches(problem, micro_batch_tokens).run(active, body, guard.clear)
         scored = logprob[active]
-        assert_finite_logprob(scored, [int(problem.sequences[b].sample_id) for b in active])
+        assert_finite_logprob(scored, [problem.sequences[b].sample_id for b in active])
     return BgpoStep(*_value(scored, bound, active, logprob))
 
 

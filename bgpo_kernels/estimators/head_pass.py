@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..bound import ops as bound_ops
-from ..head.engine import Coefficients, Head, Segments, one_pass, score
+from ..bound.segments import SegmentBound
+from ..head.engine import Head, Segments, one_pass, score
 from ..head.ops import scatter_rows
 from ..masks.draw import MaskDraw
 from ..models import capture_head, without_gradient
@@ -38,7 +39,7 @@ def score_samples(problem: Problem, draw: MaskDraw) -> Tensor:
 
 
 def backward_samples(
-    problem: Problem, draw: MaskDraw, coefficients: Coefficients, known: bool, sink: HeadSink
+    problem: Problem, draw: MaskDraw, bound: SegmentBound, sink: HeadSink
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Sums ``[m]``, and the (tensor, gradient) pairs from which autograd is to go on: the caller starts it.
 
@@ -56,7 +57,7 @@ def backward_samples(
         head = _head(problem, hidden, draw)
         into = sink.gradients(head, hidden.requires_grad)
         segments = Segments(draw.segment_offsets, draw.host_offsets, draw.segment_weight.flatten())
-        done["sums"] = one_pass(head, segments, coefficients, known, into)
+        done["sums"] = one_pass(head, segments, bound, into)
         roots.extend(sink.roots(into))
         if into.hidden is not None:
             flat = hidden.detach().reshape(-1, hidden.shape[-1])

@@ -147,8 +147,9 @@ class GradientGuard:
             parameter.grad = zeros
         try:
             yield
+            _assert_finite(self._sink.outside_grad())
             self._sink.flush()
-            self._assert_finite()
+            _assert_finite([p.grad for p in self._parameters if p.grad is not None])
         except BaseException:
             self.clear()
             self._bring_back(add=False)
@@ -163,13 +164,13 @@ class GradientGuard:
                 before.add_(parameter.grad)
             parameter.grad = before
 
-    def _assert_finite(self) -> None:
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        if gradients and not bool(torch.isfinite(largest_magnitude(gradients))):
-            raise FloatingPointError(
-                "non-finite gradient: nothing was added to .grad; skip this step (log-probabilities were "
-                "finite, so the overflow is in the model's backward)"
-            )
+
+def _assert_finite(gradients: list[Tensor]) -> None:
+    if gradients and not bool(torch.isfinite(largest_magnitude(gradients))):
+        raise FloatingPointError(
+            "non-finite gradient: nothing was added to .grad; skip this step (log-probabilities were "
+            "finite, so the overflow is in the model's backward)"
+        )
 
 
 def _hold_something(gradients: list[Tensor | None]) -> list[bool]:

@@ -17,6 +17,7 @@ from ..backends import resolve
 from ..head.options import LogitTransform
 from ..masks.draw import MaskDraw
 from ..masks.functional import check_draw_tensors, check_response, draw_unchecked, make_spec
+from ..masks.reference import Facts
 from ..masks.schedule import CountSchedule, DrawSpec
 from ..models import HeadSpec, assert_bidirectional, find_head, forward_kwargs, unwrap
 
@@ -28,7 +29,8 @@ class Sequence:
     keep: Tensor  # [T'] int64: its tokens' places in the padded row
     input_ids: Tensor  # [1, T']
     response_mask: Tensor  # [1, T']
-    sample_id: Tensor  # [1]
+    sample_ids: Tensor  # [1]
+    sample_id: int
     length: int  # L
 
     @property
@@ -50,7 +52,7 @@ class Problem:
     transform: LogitTransform
     backend: str
     device: torch.device
-    max_id: int
+    facts: Facts
     forward_kwargs: dict[str, Any]
 
     def draw(self, b: int, lo: int, hi: int) -> MaskDraw:
@@ -59,9 +61,10 @@ class Problem:
         if self.explicit is not None:
             return self.explicit.sequence(b, lo, hi, sequence.keep)
         assert self.spec is not None
+        facts = self.facts._replace(lengths=[sequence.length], sample_ids=[sequence.sample_id])
         return draw_unchecked(
-            sequence.input_ids, sequence.response_mask, None, sequence.sample_id, self.spec.part(b, lo, hi),
-            self.backend, self.max_id,
+            sequence.input_ids, sequence.response_mask, None, sequence.sample_ids, self.spec.part(b, lo, hi),
+            self.backend, facts,
         )  # fmt: skip
 
     @property
@@ -104,32 +107,35 @@ def prepare(
         _check_explicit(draw, input_ids, response_mask)
         n_mc, mask_token_id = draw.n_mc, -1
     resolved = resolve(backend, input_ids.device)
-    lengths, max_id = check_response(input_ids, response_mask, None, mask_token_id, n_mc, resolved)
+    facts = check_response(input_ids, response_mask, None, sample_ids, mask_token_id, n_mc, resolved)
+    max_id = facts.largest_response
     tokens = {"input_ids": input_ids} if draw is None else {"input_ids": input_ids, "draw.noisy_ids": draw.noisy_ids}
     _check_vocabulary(model, spec, max_id if draw is None else draw.max_target, mask_token_id, tokens, attended)
     if sample_ids is None:
         sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
     draw_spec = None
     if draw is None:
-        draw_spec = make_spec(scheme, schedule, n_mc, seed, mask_token_id, lengths, input_ids.device)
-    sequences = _sequences(input_ids, response_mask, attended, sample_ids, lengths)
+        draw_spec = make_spec(scheme, schedule, n_mc, seed, mask_token_id, facts.lengths, input_ids.device)
+    sequences = _sequences(input_ids, response_mask, attended, sample_ids, facts)
     _check_shift(spec.shift, sequences)
     assert_bidirectional(model, spec)
     return Problem(
-        model, spec, sequences, n_mc, draw_spec, draw, transform, resolved, input_ids.device, max_id,
+        model, spec, sequences, n_mc, draw_spec, draw, transform, resolved, input_ids.device, facts,
         forward_kwargs(model),
     )  # fmt: skip
 
 
 def _sequences(
-    input_ids: Tensor, response_mask: Tensor, attended: Tensor | None, sample_ids: Tensor, lengths: list[int]
+    input_ids: Tensor, response_mask: Tensor, attended: Tensor | None, sample_ids: Tensor, facts: Facts
 ) -> list[Sequence]:
-    everything = torch.arange(input_ids.shape[1], device=input_ids.device)
+    device = input_ids.device
+    everything = torch.arange(input_ids.shape[1], device=device)
+    on_host = None if attended is None else attended.cpu()
     found = []
-    for b, length in enumerate(lengths):
-        keep = everything if attended is None else attended[b].nonzero().flatten()
+    for b, (sample_id, length) in enumerate(zip(facts.sample_ids, facts.lengths, strict=True)):
+        keep = everything if on_host is None else on_host[b].nonzero().flatten().to(device)
         ids, response = input_ids[b : b + 1, keep], response_mask[b : b + 1, keep]
-        found.append(Sequence(keep, ids, response, sample_ids[b : b + 1], length))
+        found.append(Sequence(keep, ids, response, sample_ids[b : b + 1], sample_id, length))
     return found
 
 

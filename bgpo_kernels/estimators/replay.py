@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..bound.segments import SegmentBound
 from ..masks.draw import MaskDraw
 from ..masks.schedule import CountSchedule
 from ..models import HeadSpec
@@ -74,7 +75,7 @@ def replay_backward(
     sink = HeadSink(model, problem.head.module)
     guard = GradientGuard(model, sink)
     scores = score_all(problem, batches, seeds)
-    assert_finite_logprob(scores, [int(s.sample_id) for s in problem.sequences])
+    assert_finite_logprob(scores, [s.sample_id for s in problem.sequences])
     loss, coefficients = _differentiate(objective, scores)
 
     with guard.accumulating():
@@ -130,9 +131,8 @@ def backward_all(
         if not any(wanted[b][lo:hi]):
             return
         with seeds.at(b, lo):
-            _, roots = backward_samples(
-                problem, problem.draw(b, lo, hi), lambda i, k, _sums: coefficients[b, lo + i : lo + k], True, sink
-            )
+            bound = SegmentBound.linear(coefficients[b, lo:hi], problem.backend)
+            _, roots = backward_samples(problem, problem.draw(b, lo, hi), bound, sink)
         if roots:
             carry_on(roots)
 

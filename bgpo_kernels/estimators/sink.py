@@ -4,7 +4,9 @@ The head holds the model's largest matrix, so a new dW [V, H] per micro-batch, a
 largest transient of the step. When nothing watches the parameter, sums go straight into place instead:
 
 * fp32 and fp64 parameters: into ``.grad`` itself;
-* 16-bit parameters: into one fp32 accumulator for the whole call, added to ``.grad`` once at the end.
+* parameters with an fp32 ``main_grad`` (Megatron's convention): into that, when it holds zeros as the call begins;
+* otherwise 16-bit parameters, and a ``main_grad`` that holds something: into one fp32 accumulator for the whole call,
+  added once at its end, so that a call that fails leaves no trace.
 
 A parameter that something does watch (tensor hooks, post-accumulate hooks, DistributedDataParallel) or that is no leaf
 (parametrizations) gets its gradient from autograd, per micro-batch, like any other.
@@ -15,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..head.engine import Gradients, Head
+from ..head.engine import Gradients, Head, main_grad_of
 from ..models import unwrap
 
 
@@ -38,6 +40,9 @@ class HeadSink:
         trained = {name: p for name, p in found.items() if p is not None and p.requires_grad}
         self._direct = {name for name, p in trained.items() if not through_autograd and _unwatched(model, p)}
         self._through_autograd = set(trained) - self._direct
+        mains = {name: main_grad_of(trained[name]) for name in self._direct}
+        self._main = {name: main for name, main in mains.items() if main is not None}
+        self._zeros = {name: main for name, main in self._main.items() if not bool(main.any())}
 
     def gradients(self, head: Head, hidden: bool) -> Gradients:
         """Accumulators for one micro-batch; those of parameters left to autograd are fresh."""
@@ -57,7 +62,9 @@ class HeadSink:
 
     def _buffer(self, name: str) -> Tensor:
         parameter = getattr(self._module, name)
-        if parameter.dtype in (torch.float32, torch.float64):
+        if name in self._zeros:
+            return self._zeros[name]
+        if name not in self._main and parameter.dtype in (torch.float32, torch.float64):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             return parameter.grad
@@ -65,11 +72,17 @@ class HeadSink:
             self._buffers[name] = torch.zeros_like(parameter, dtype=torch.float32)
         return self._buffers[name]
 
+    def outside_grad(self) -> list[Tensor]:
+        """What has been accumulated for ``main_grad``, before ``flush``."""
+        return [*self._zeros.values(), *(total for name, total in self._buffers.items() if name in self._main)]
+
     def flush(self) -> None:
-        """Add the fp32 accumulators of 16-bit parameters to their .grad, once."""
+        """Add the fp32 accumulators to .grad or main_grad, once."""
         for name, total in self._buffers.items():
             parameter = getattr(self._module, name)
-            if parameter.grad is None:
+            if name in self._main:
+                self._main[name].add_(total)
+            elif parameter.grad is None:
                 parameter.grad = total.to(parameter.dtype)
             else:
                 parameter.grad.add_(total)
@@ -78,3 +91,5 @@ class HeadSink:
     def reset(self) -> None:
         """Forget what was accumulated outside .grad."""
         self._buffers.clear()
+        for zeros in self._zeros.values():
+            zeros.zero_()

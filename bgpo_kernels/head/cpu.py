@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _cpu
+from ..bound.segments import RowSegments
 from ..native import address, dense, threads
 from .options import LogitTransform
 
@@ -40,6 +41,22 @@ def dlogits_(
     grad_logprob, grad_entropy = grad_logprob.contiguous(), dense(grad_entropy, stats.dtype)
     _cpu.dlogits(chunk, address(grad_logprob), address(grad_entropy), threads())
     return logits
+
+
+def bound_dlogits_(
+    logits: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    stats: Tensor,
+    segments: RowSegments,
+    sums: Tensor,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """As ``reference.bound_dlogits_``."""
+    segments.sum_up(stats[2], sums)
+    grad = segments.row_gradients(sums)
+    return dlogits_(logits, targets, bias, transform, stats, grad, None, out_dtype), grad
 
 
 def _chunk(

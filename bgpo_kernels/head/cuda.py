@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _cuda
+from ..bound.segments import RowSegments
 from ..native import address, dense, stream
 from .options import LogitTransform
 from .reference import alias_as
@@ -43,6 +44,31 @@ def dlogits_(
         _cuda.Queue(*stream(logits)), chunk, address(grad_logprob), address(grad_entropy), _LOGIT_TYPES[out_dtype]
     )
     return alias_as(logits, out_dtype)
+
+
+def bound_dlogits_(
+    logits: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    stats: Tensor,
+    segments: RowSegments,
+    sums: Tensor,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """As ``reference.bound_dlogits_``, in one launch."""
+    chunk, _keep = _chunk(logits, targets, bias, transform, stats)
+    bound, dtype = segments.bound, stats.dtype
+    advantages, old = dense(bound.advantages, dtype), dense(bound.old, dtype)
+    length = dense(bound.length, torch.float32)
+    grad = torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
+    arguments = _cuda.Segments(
+        address(segments.offsets), address(segments.weight), segments.weight.shape[0], segments.begin,
+        address(advantages), address(old), address(length), segments.first, bound.shape[1], *bound.clip,
+        bound.divisor, address(sums), address(grad),
+    )  # fmt: skip
+    _cuda.bound_dlogits(_cuda.Queue(*stream(logits)), chunk, arguments, _LOGIT_TYPES[out_dtype])
+    return alias_as(logits, out_dtype), grad
 
 
 def _chunk(

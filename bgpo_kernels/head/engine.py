@@ -9,6 +9,15 @@ One pass is possible because the coefficient of a row depends on nothing outside
 w_s c_s``), and a chunk holds whole segments. Bytes beyond the operands: the workspace, O(N) statistics, and one fp32
 accumulator of dW when the weight is narrower than that and there is more than one chunk.
 
+On a GPU the forward GEMM runs in *panels* of a fixed number of rows, the last one filled up. A vendor library picks its
+algorithm by shape; with one shape for all, a row's logits, hence its log-probability, are the same bits whatever its
+chunk, batch or company. 512 rows: 15 full waves of 128 x 256 tiles on 132 multiprocessors at V = 126464, 18 at 152064;
+the weight, read once per panel, takes a third of the time that the panel's FLOPs take (1.04 GB, 0.53 TFLOP). The price
+is half a panel of a third of the FLOPs, on average. Where rows do not depend on their chunk and the coefficients do not
+depend on sums (on-policy), chunks need not hold whole segments: all are full.
+
+Nothing waits for the device: the plan follows from offsets that the host knows.
+
 Numerics: logits are fp32 in the workspace wherever the vendor GEMM gives them from the inputs' dtype; on a CPU bf16
 GEMMs write bf16, so bf16 logits carry that rounding (as torch's own do), and fp16 inputs are computed in fp32. Row
 statistics, coefficients and sums over chunks are fp32 (fp64 for fp64 inputs).
@@ -16,7 +25,7 @@ statistics, coefficients and sums over chunks are fp32 (fp64 for fp64 inputs).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -24,17 +33,25 @@ import torch
 from torch import Tensor
 
 from ..backends import engine
-from ..bound.ops import spread
+from ..bound.segments import RowSegments, SegmentBound
 from ..native import with_huge_pages
 from ..workspace import chunk_capacity, logits_buffer
 from .chunks import Group, cut, plan
 from .options import LogitTransform
+
+#: Rows of a forward GEMM on a GPU; a power of two. See the module's docstring.
+PANEL_ROWS = 512
 
 
 @cache
 def _mm_has_out_dtype() -> bool:
     """torch >= 2.8: GEMMs of 16-bit inputs with fp32 output."""
     return hasattr(torch.ops.aten.mm, "dtype_out") and hasattr(torch.ops.aten.addmm, "dtype_out")
+
+
+def runs_in_panels(device: torch.device) -> bool:
+    """Whether forward GEMMs have one shape for all batches: on GPUs. (On a CPU it would cost small batches dearly.)"""
+    return device.type == "cuda"
 
 
 @dataclass(frozen=True)
@@ -75,11 +92,29 @@ class Head:
 
     @property
     def capacity(self) -> int:
-        return chunk_capacity(self.weight.shape[0], self.logits_dtype, self.hidden.device)
+        """Rows of a chunk; whole panels where there are panels."""
+        rows = chunk_capacity(self.weight.shape[0], self.logits_dtype, self.hidden.device)
+        return rows if self.panel is None else rows - rows % self.panel
+
+    @property
+    def panel(self) -> int | None:
+        """Rows of a forward GEMM, None for a whole chunk: PANEL_ROWS, or what the workspace holds of them."""
+        if not runs_in_panels(self.hidden.device):
+            return None
+        rows = chunk_capacity(self.weight.shape[0], self.logits_dtype, self.hidden.device)
+        return min(PANEL_ROWS, 1 << (rows.bit_length() - 1))
 
     def gemm_weight(self) -> Tensor:
         """The weight as the GEMMs take it; a cast copy only under autocast or for fp16 on a CPU."""
         return self.weight.to(self.gemm_dtype)
+
+
+def main_grad_of(parameter: Tensor) -> Tensor | None:
+    """The fp32 buffer ``parameter.main_grad`` of trainers that keep gradients apart from 16-bit parameters, if any."""
+    found = getattr(parameter, "main_grad", None)
+    if not isinstance(found, Tensor) or not parameter.is_leaf:
+        return None
+    return found if found.shape == parameter.shape and found.dtype == torch.float32 else None
 
 
 class Gradients:
@@ -113,8 +148,10 @@ class Gradients:
             self.weight = with_huge_pages(fresh)
             if dtype == dlogits.dtype:
                 torch.mm(dlogits.T, x, out=self.weight)
+            elif head.wide_output:
+                torch.mm(dlogits.T, x, out_dtype=dtype, out=self.weight)
             else:
-                self.weight.copy_(_product(dlogits.T, x, dtype, head))
+                self.weight.copy_(torch.mm(dlogits.T, x))
         elif self.weight.dtype == dlogits.dtype:
             self.weight.addmm_(dlogits.T, x)
         elif head.wide_output:
@@ -133,29 +170,46 @@ class Gradients:
             self.bias.add_(sums)
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype, head: Head) -> Tensor:
-    return torch.mm(a, b, out_dtype=dtype) if head.wide_output and a.dtype != dtype else torch.mm(a, b)
-
-
 class _Chunk:
     """One chunk in the workspace: its gathered hidden rows, its logits, then, in the same memory, their gradient."""
 
     def __init__(self, head: Head, weight: Tensor, begin: int, end: int) -> None:
         self.head, self.w, self.begin, self.end = head, weight, begin, end
-        self.targets = head.targets[begin:end]
-        rows = head.hidden[begin:end] if head.rows is None else head.hidden.index_select(0, head.rows[begin:end])
-        self.x = rows.to(head.gemm_dtype)
-        self.logits = logits_buffer(end - begin, weight.shape[0], head.logits_dtype, head.hidden.device)
-        if self.logits.dtype == self.x.dtype:
-            torch.mm(self.x, weight.T, out=self.logits)
-        else:
-            torch.mm(self.x, weight.T, out_dtype=self.logits.dtype, out=self.logits)
         self.kernels = engine("head", head.backend)
+        self.targets = head.targets[begin:end]
+        rows, panel = end - begin, head.panel or max(1, end - begin)
+        padded = -(-rows // panel) * panel
+        x = self._gather(padded)
+        logits = logits_buffer(padded, weight.shape[0], head.logits_dtype, head.hidden.device)
+        for i in range(0, padded, panel):
+            self._multiply(x[i : i + panel], logits[i : i + panel])
+        self.x, self.logits = x[:rows], logits[:rows]
+
+    def _gather(self, padded: int) -> Tensor:
+        """The chunk's hidden rows [padded, H] in the GEMMs' dtype, zeros behind them."""
+        head, rows = self.head, self.end - self.begin
+        if head.rows is None:
+            x = head.hidden[self.begin : self.end]
+        elif padded == rows:
+            x = head.hidden.index_select(0, head.rows[self.begin : self.end])
+        else:
+            x = head.hidden.new_empty(padded, head.hidden.shape[1])
+            torch.index_select(head.hidden, 0, head.rows[self.begin : self.end], out=x[:rows])
+            x[rows:].zero_()
+        if x.shape[0] != padded:
+            x = torch.nn.functional.pad(x, (0, 0, 0, padded - rows))
+        return x.to(head.gemm_dtype)
+
+    def _multiply(self, x: Tensor, logits: Tensor) -> None:
+        if logits.dtype == x.dtype:
+            torch.mm(x, self.w.T, out=logits)
+        else:
+            torch.mm(x, self.w.T, out_dtype=logits.dtype, out=logits)
 
     def statistics(self, stats: Tensor, entropy: bool) -> None:
         """Fills the chunk's columns of ``stats`` [4, N]."""
-        part = stats[:, self.begin : self.end]
-        self.kernels.row_statistics(self.logits, self.targets, self.head.bias, self.head.transform, part, entropy)
+        head, part = self.head, self._part(stats)
+        self.kernels.row_statistics(self.logits, self.targets, head.bias, head.transform, part, entropy)
 
     def backward(
         self, stats: Tensor, grad_logprob: Tensor, grad_entropy: Tensor | None, into: Gradients, last: bool
@@ -163,15 +217,34 @@ class _Chunk:
         """Turns the logits into their gradient in place and feeds the two GEMMs; gradients are [chunk rows]."""
         if not into.wanted:
             return
-        head, part = self.head, stats[:, self.begin : self.end]
+        head = self.head
         dlogits = self.kernels.dlogits_(
-            self.logits, self.targets, head.bias, head.transform, part, grad_logprob, grad_entropy, head.gemm_dtype
+            self.logits, self.targets, head.bias, head.transform, self._part(stats), grad_logprob, grad_entropy,
+            head.gemm_dtype,
+        )  # fmt: skip
+        live = grad_logprob != 0 if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0)
+        self._feed(dlogits, live, into, last)
+
+    def backward_of_bound(
+        self, stats: Tensor, segments: RowSegments, sums: Tensor, into: Gradients, last: bool
+    ) -> None:
+        """As ``backward`` for the bound's loss over the chunk's whole segments, whose ``sums`` it fills."""
+        if not into.wanted:
+            return segments.sum_up(self._part(stats)[2], sums)
+        head = self.head
+        dlogits, grad_logprob = self.kernels.bound_dlogits_(
+            self.logits, self.targets, head.bias, head.transform, self._part(stats), segments, sums, head.gemm_dtype
         )
+        self._feed(dlogits, grad_logprob != 0, into, last)
+
+    def _part(self, stats: Tensor) -> Tensor:
+        return stats[:, self.begin : self.end]
+
+    def _feed(self, dlogits: Tensor, live: Tensor, into: Gradients, last: bool) -> None:
         if into.hidden is not None:
             torch.mm(dlogits, self.w, out=into.hidden[self.begin : self.end])
-        live = grad_logprob != 0 if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0)
-        into.add_weight(dlogits, self.x, live, head, last)
-        into.add_bias(dlogits, head)
+        into.add_weight(dlogits, self.x, live, self.head, last)
+        into.add_bias(dlogits, self.head)
 
 
 def new_stats(head: Head) -> Tensor:
@@ -220,28 +293,28 @@ class Segments:
     weight: Tensor  # [S] fp32
 
 
-#: (first segment, last segment, their weighted log-probability sums [last - first]) -> d loss / d sum, same shape
-Coefficients = Callable[[int, int, Tensor], Tensor]
+def one_pass(head: Head, segments: Segments, bound: SegmentBound, into: Gradients) -> Tensor:
+    """Segment sums ``[S]`` and the gradients of the bound's loss.
 
-
-def one_pass(head: Head, segments: Segments, coefficients: Coefficients, known: bool, into: Gradients) -> Tensor:
-    """Segment sums ``[S]`` and the gradients of a loss whose slope by each sum is given by ``coefficients``.
-
-    ``known``: the slope does not depend on the sums, so that even a segment larger than the workspace needs no second
-    look. Otherwise such a segment's logits are computed twice.
+    Where the bound's slopes are ``known`` beforehand, even a segment larger than the workspace needs no second look;
+    otherwise such a segment's logits are computed twice.
     """
     stats, weight = new_stats(head), head.gemm_weight()
-    sums = torch.empty(len(segments.host_offsets) - 1, dtype=head.stats_dtype, device=head.hidden.device)
-    groups = plan(segments.host_offsets, head.capacity)
+    num_segments = len(segments.host_offsets) - 1
+    sums = torch.zeros(num_segments, dtype=head.stats_dtype, device=head.hidden.device)
+    if bound.known and head.panel is not None:
+        groups = [Group(0, head.num_rows, 0, num_segments, cut(0, head.num_rows, head.capacity))]
+    else:
+        groups = plan(segments.host_offsets, head.capacity)
     single = sum(len(group.pieces) for group in groups) == 1
     for group in groups:
-        run = _GroupRun(head, weight, segments, group, stats, sums, coefficients, into)
-        if len(group.pieces) == 1:
-            run.in_one_chunk(single)
-        elif known:
+        run = _GroupRun(head, weight, segments, bound, group, stats, sums, into, single)
+        if bound.known and (head.panel is not None or len(group.pieces) > 1):
             run.piece_by_piece()
-        else:
+        elif len(group.pieces) > 1:
             run.twice()
+        elif group.pieces:
+            run.in_one_chunk()
     return sums
 
 
@@ -252,33 +325,33 @@ class _GroupRun:
     head: Head
     weight: Tensor
     segments: Segments
+    bound: SegmentBound
     group: Group
     stats: Tensor  # [4, N]
-    sums: Tensor  # [S]
-    coefficients: Coefficients
+    all_sums: Tensor  # [S]
     into: Gradients
+    single: bool  # the only chunk of the call
 
-    def in_one_chunk(self, single: bool) -> None:
+    def in_one_chunk(self) -> None:
         chunk = self.chunk(self.group.pieces[0])
         chunk.statistics(self.stats, entropy=False)
-        self.reduce()
-        chunk.backward(self.stats, self.upstream(), None, self.into, last=single)
+        chunk.backward_of_bound(self.stats, self.local, self.sums, self.into, last=self.single)
 
     def piece_by_piece(self) -> None:
-        grad = self.upstream()
+        grad = self.local.row_gradients(self.sums)
         for piece in self.group.pieces:
             chunk = self.chunk(piece)
             chunk.statistics(self.stats, entropy=False)
             self.backward(chunk, grad)
-        self.reduce()
+        self.sum_up()
 
     def twice(self) -> None:
         for piece in self.group.pieces:
             self.chunk(piece).statistics(self.stats, entropy=False)
-        self.reduce()
+        self.sum_up()
         if not self.into.wanted:
             return
-        grad = self.upstream()
+        grad = self.local.row_gradients(self.sums)
         for piece in self.group.pieces:
             self.backward(self.chunk(piece), grad)
 
@@ -287,22 +360,19 @@ class _GroupRun:
 
     def backward(self, chunk: _Chunk, grad: Tensor) -> None:
         part = grad[chunk.begin - self.group.begin : chunk.end - self.group.begin]
-        chunk.backward(self.stats, part, None, self.into, last=False)
+        chunk.backward(self.stats, part, None, self.into, last=self.single)
 
-    def reduce(self) -> None:
-        """Sums of the group's segments."""
-        kernels = engine("bound", self.head.backend)
-        logprob = self.stats[2, self.group.begin : self.group.end]
-        self.sums[self.group.first : self.group.last] = kernels.segment_sum(logprob, *self.local())
+    def sum_up(self) -> None:
+        self.local.sum_up(self.stats[2, self.group.begin : self.group.end], self.sums)
 
-    def upstream(self) -> Tensor:
-        """d loss / d logp of each row of the group."""
-        offsets, token_weight = self.local()
-        first, last = self.group.first, self.group.last
-        slope = self.coefficients(first, last, self.sums[first:last]).to(self.stats.dtype)
-        return spread(slope * token_weight.to(self.stats.dtype), offsets, self.group.end - self.group.begin)
+    @property
+    def sums(self) -> Tensor:
+        """Those of the group."""
+        return self.all_sums[self.group.first : self.group.last]
 
-    def local(self) -> tuple[Tensor, Tensor]:
-        """Offsets relative to the group, and token weights of its segments."""
-        first, last = self.group.first, self.group.last
-        return self.segments.offsets[first : last + 1] - self.group.begin, self.segments.weight[first:last]
+    @property
+    def local(self) -> RowSegments:
+        """The group's segments."""
+        g = self.group
+        offsets, weight = self.segments.offsets[g.first : g.last + 1], self.segments.weight[g.first : g.last]
+        return RowSegments(offsets, weight, g.begin, g.end, g.first, g.last, self.bound)

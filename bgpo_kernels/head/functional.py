@@ -9,9 +9,10 @@ from torch import Tensor
 
 from .. import validation as check
 from ..backends import resolve
-from ..bound.functional import BoundStats, bound_stats, check_advantages, check_length, check_old_logprob, make_clip
+from ..bound.functional import BoundStats, bound_stats, check_samples, make_clip
 from ..masks.draw import MaskDraw
 from . import ops, reference
+from .engine import main_grad_of
 from .options import LogitTransform
 from .support import restricted_logprob
 
@@ -100,7 +101,9 @@ def bgpo_head_loss(
 
     Args:
         hidden: ``[..., H]`` with B*n*T rows in the order of ``draw.noisy_ids``.
-        weight, bias, temperature, softcap, logit_scale: as :func:`masked_logprob`.
+        weight, bias, temperature, softcap, logit_scale: as :func:`masked_logprob`. A parameter ``weight`` with an fp32
+            ``main_grad`` (Megatron's convention) has its gradient added there by ``loss.backward()``, unrounded, and
+            its ``.grad`` stays as it is.
         draw: from :func:`random_mask`.
         advantages, old_logprob, length, clip_range, dual_clip, normalizer: as :func:`bgpo_loss`.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
@@ -124,16 +127,8 @@ def bgpo_head_loss(
     check.same_device("draw", draw.rows, "hidden", hidden)
     if draw.max_target >= weight.shape[0]:
         raise ValueError(f"draw.targets holds id {draw.max_target}, but weight {list(weight.shape)} has fewer rows")
-    check.same_device("advantages", check.tensor("advantages", advantages), "hidden", hidden)
-    check_advantages(advantages, batch)
-    if old_logprob is not None:
-        check.same_device("old_logprob", check.tensor("old_logprob", old_logprob), "hidden", hidden)
-        check_old_logprob(old_logprob, batch, samples)
-        check.finite("old_logprob", old_logprob)
-        old_logprob = old_logprob.detach()
-    if length is not None:
-        check.same_device("length", check.tensor("length", length), "hidden", hidden)
-        check_length(length, batch)
+    check_samples(advantages, old_logprob, length, (batch, samples), "hidden", hidden)
+    old_logprob = None if old_logprob is None else old_logprob.detach()
     clip = make_clip(clip_range, dual_clip)
     group = check.number("normalizer", batch if normalizer is None else normalizer, 0.0, exclusive=True)
     if resolved == "reference":
@@ -142,11 +137,14 @@ def bgpo_head_loss(
         )
         return loss, logprob, bound_stats(logprob, advantages, old_logprob, length, slope, group)
     grad = torch.is_grad_enabled()
+    wide_weight = grad and weight.requires_grad and main_grad_of(weight) is not None
+    wide_weight = wide_weight and not torch.compiler.is_compiling()  # a traced backward cannot write there
     loss, logprob, slope, *_grads = ops.head_loss(
         flat, weight, bias, draw.rows, draw.targets, draw.segment_offsets, list(draw.host_offsets),
         draw.segment_weight, advantages.float(), old_logprob, length, *clip, group,
         transform.scale, transform.softcap_or_zero, transform.temperature, resolved,
         grad and flat.requires_grad, grad and weight.requires_grad, grad and bias is not None and bias.requires_grad,
+        wide_weight,
     )  # fmt: skip
     return loss, logprob, bound_stats(logprob, advantages, old_logprob, length, slope, group)
 
@@ -193,19 +191,25 @@ def _check_rows(flat: Tensor, weight: Tensor, targets: Any, rows: Any) -> None:
         check.dtype("rows", check.tensor("rows", rows), torch.int64)
         check.shape("rows", rows, (targets.shape[0],), " (as targets)")
         check.same_device("rows", rows, "hidden", flat)
-        check.ids_in_range("rows", rows, 0, flat.shape[0], "rows of hidden")
-    check.ids_in_range("targets", targets, 0, weight.shape[0], "vocabulary of weight")
+    given = () if rows is None else (check.outside("rows", rows, 0, flat.shape[0], "rows of hidden"),)
+    check.values(*given, check.outside("targets", targets, 0, weight.shape[0], "vocabulary of weight"))
 
 
 def _check_support(support: Any, targets: Tensor, weight: Tensor) -> None:
     check.dtype("support", check.tensor("support", support), torch.int64)
     check.shape("support", support, (targets.shape[0], "K"), " (rows as targets)")
     check.same_device("support", support, "targets", targets)
-    check.ids_in_range("support", support, -1, weight.shape[0], "vocabulary of weight, -1 for an unused slot")
-    missing = ~(support == targets[:, None]).any(-1)
-    if bool(missing.any()):
+
+    def stray(missing: Tensor) -> str:
         where = missing.nonzero().flatten()[:4].tolist()
-        raise ValueError(f"targets {targets[missing][:4].tolist()} at rows {where} are not in their row's support")
-    ordered = support.sort(-1).values
-    if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
-        raise ValueError("support holds an id twice in one row: it would be counted twice")
+        return f"targets {targets[missing][:4].tolist()} at rows {where} are not in their row's support"
+
+    def repeated(ids: Tensor) -> Tensor:
+        ordered = ids.sort(-1).values
+        return (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+
+    check.values(
+        check.outside("support", support, -1, weight.shape[0], "vocabulary of weight, -1 for an unused slot"),
+        check.Suspect(support, lambda ids: ~(ids == targets[:, None]).any(-1), stray),
+        check.Suspect(support, repeated, lambda _: "support holds an id twice in one row: it would be counted twice"),
+    )

@@ -92,7 +92,13 @@ def head_statistics_backward(
 
 
 def _finish(
-    head: Head, into: Gradients, need_hidden: bool, need_weight: bool, need_bias: bool, unique: bool
+    head: Head,
+    into: Gradients,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    unique: bool,
+    wide_weight: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in the dtypes of their inputs; zeros where no row contributed, empty where not wanted."""
     grad_hidden, grad_weight, grad_bias = (head.hidden.new_empty(0) for _ in range(3))  # outputs may not alias
@@ -100,8 +106,8 @@ def _finish(
         assert into.hidden is not None
         grad_hidden = scatter_rows(into.hidden, head.rows, head.hidden, unique)
     if need_weight:
-        total = into.weight if into.weight is not None else torch.zeros_like(head.weight)
-        grad_weight = total.to(head.weight.dtype)
+        dtype = head.stats_dtype if wide_weight else head.weight.dtype
+        grad_weight = torch.zeros_like(head.weight, dtype=dtype) if into.weight is None else into.weight.to(dtype)
     if need_bias and head.bias is not None:
         total = into.bias if into.bias is not None else torch.zeros_like(head.bias)
         grad_bias = total.to(head.bias.dtype)
@@ -163,30 +169,36 @@ def head_loss(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    wide_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, logprob [B, n], slope [B, n], and the gradients of the loss by hidden, weight and bias) in one pass."""
+    """(loss, logprob [B, n], slope [B, n], and the gradients of the loss by hidden, weight and bias) in one pass.
+
+    ``wide_weight``: the weight's gradient as it was accumulated, fp32 even where the weight is narrower.
+    """
     head = _head(hidden, weight, bias, rows, targets, scale, softcap, temperature, backend)
     batch, samples = segment_weight.shape
     bound = SegmentBound(advantages, old, length, (clip_low, clip_high, dual_clip), normalizer * samples,
                          (batch, samples), backend)  # fmt: skip
     into = Gradients(head, need_hidden, need_weight, need_bias)
     segments = Segments(offsets, host_offsets, segment_weight.flatten())
-    sums = one_pass(head, segments, bound.coefficients, bound.known, into)
+    sums = one_pass(head, segments, bound, into)
     loss, logprob, slope = bound.value(sums)
-    return (loss, logprob, slope, *_finish(head, into, need_hidden, need_weight, need_bias, unique=True))
+    grads = _finish(head, into, need_hidden, need_weight, need_bias, unique=True, wide_weight=wide_weight)
+    return loss, logprob, slope, *grads
 
 
 @head_loss.register_fake
 def _(hidden, weight, bias, rows, targets, offsets, host_offsets, segment_weight, advantages, old, length, clip_low,
       clip_high, dual_clip, normalizer, scale, softcap, temperature, backend, need_hidden, need_weight,
-      need_bias):  # fmt: skip
+      need_bias, wide_weight):  # fmt: skip
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    grad_weight = empty_or(need_weight, weight, hidden)
     return (
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty(segment_weight.shape, dtype=dtype),
         hidden.new_empty(segment_weight.shape, dtype=dtype),
         empty_or(need_hidden, hidden, hidden),
-        empty_or(need_weight, weight, hidden),
+        grad_weight.to(dtype) if wide_weight and need_weight else grad_weight,
         empty_or(need_bias, bias, hidden),
     )
 
@@ -196,17 +208,22 @@ def _loss_setup(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(logprob, slope, *grads)
     ctx.set_materialize_grads(False)  # or autograd would fill a [V, H] of zeros for the output that is dW
     ctx.save_for_backward(*grads)
+    ctx.num_inputs, wide_weight = len(inputs), inputs[-1]
+    ctx.main_grad = getattr(inputs[1], "main_grad", None) if wide_weight else None  # not on a tracer's stand-in
 
 
 def _loss_backward(ctx, grad_loss, *_unused):
     if grad_loss is None:  # only the outputs without gradients were used
-        return (None,) * 22
+        return (None,) * ctx.num_inputs
     # Scaled in place: autograd then adopts them as .grad, and no second [V, H] exists. A graph that is kept for another
     # backward must keep them as they are, though.
     in_place = type(grad_loss) is Tensor and not torch.compiler.is_compiling() and not _graph_is_kept()
     found = [g.mul_(grad_loss) if in_place else g * grad_loss for g in ctx.saved_tensors]
     grads = [g if n else None for g, n in zip(found, ctx.needs_input_grad[:3], strict=True)]
-    return (*grads, *(None,) * 19)
+    if ctx.main_grad is not None:
+        ctx.main_grad.add_(grads[1])
+        grads[1] = None
+    return (*grads, *(None,) * (ctx.num_inputs - 3))
 
 
 def _graph_is_kept() -> bool:

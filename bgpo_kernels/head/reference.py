@@ -1,7 +1,7 @@
 """The masked-row log-probabilities in plain torch: the specification, and what every other backend is tested against.
 
-``masked_logprob`` is the whole operation with all logits in memory and autograd doing the gradients. The two functions
-after it are the specification of the *row kernels*, which work on one chunk of logits ``[C, V]`` in a workspace:
+``masked_logprob`` is the whole operation with all logits in memory and autograd doing the gradients. The three
+functions after it specify the *row kernels*, which work on one chunk of logits ``[C, V]`` in a workspace:
 
     z = transform(logits + bias),  m = max_k z_k,  s = sum_k exp(z_k - m)
     logprob = (z_y - m) - log s,   entropy = log s - sum_k exp(z_k - m) (z_k - m) / s
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..bound.reference import bound, segment_sum
+from ..bound.segments import RowSegments
 from ..masks.draw import MaskDraw
 from .options import LogitTransform
 
@@ -111,6 +112,22 @@ def dlogits_(
         grad = grad * (1.0 - (z * transform.temperature / transform.softcap) ** 2)
     grad = torch.where(live[:, None], grad * (transform.scale / transform.temperature), 0.0)
     return alias_as(logits, out_dtype).copy_(grad)
+
+
+def bound_dlogits_(
+    logits: Tensor,  # [C, V], overwritten
+    targets: Tensor,  # [C]
+    bias: Tensor | None,  # [V]
+    transform: LogitTransform,
+    stats: Tensor,  # [4, C]
+    segments: RowSegments,  # the chunk's whole segments
+    sums: Tensor,  # [segments] out
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the raw logits for the bound's loss, over their storage; that of the log-probabilities ``[C]``."""
+    segments.sum_up(stats[2], sums)
+    grad = segments.row_gradients(sums)
+    return dlogits_(logits, targets, bias, transform, stats, grad, None, out_dtype), grad
 
 
 def alias_as(logits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,9 +4,10 @@
     logprob = min(z_y - m, 0) - log s,   entropy = log s - sum_k exp(z_k - m) (z_k - m) / s
     d loss / d z_k = g (1[k = y] - p_k) - h p_k ((z_k - m) - log s + entropy),   then times d z / d logit
 
-Accumulation is fp32 (fp64 for fp64 logits). Bytes per row: e V read by ``row_statistics``; e V read and o V written
-by ``dlogits_``, with e, o the bytes of a logit and of a gradient; one exponential per element each; nothing of size V
-is stored elsewhere. One program per row, so a row's bits ignore its companions; tiles follow from (V, dtype).
+Accumulation is fp32 (fp64 for fp64 logits). Bytes per row: e V read by ``row_statistics``; e V read and o V written by
+``dlogits_`` and ``bound_dlogits_``, with e, o the bytes of a logit and of a gradient; one exponential per element each;
+nothing of size V is stored elsewhere. One program per row, so a row's bits ignore its companions; blocks follow from
+(V, dtype).
 
 **One sweep, no synchronisation.** Each lane carries its own running (m, s, sum of e (z - m)) and lanes meet once, at
 the end. Rescaling costs no second exponential: of exp(m - m') and exp(z - m') one is always 1, the other exp(-|z - m|).
@@ -17,6 +18,10 @@ Its own program has loaded that block before, but *another warp* of it may lag: 
 load and store, warps drift apart and one overwrites logits that a sibling has yet to read (block 0 over itself, but
 also block 2 over block 1). Equal widths need none: a block only overwrites itself, and Triton orders that exchange.
 
+**The bound in the same launch.** ``bound_dlogits_`` is what runs between the statistics and the GEMMs of BGPO's loss: a
+program finds its row's segment, adds up the segment's log-probabilities and takes the bound's coefficient, then goes on
+as ``dlogits_``. Every row of a segment repeats its sum: 4 bytes from L2 per row of it, against 6 V of the row itself.
+
 **Options.** Which of scale, softcap and temperature there are is compiled in; their values are arguments, so annealing
 one compiles nothing. They travel as bit patterns of doubles (``bits``), rounded once to the accumulation dtype.
 Contraction to fused multiply-adds is off, so that the target's logit has the same bits alone as it has in the sweep.
@@ -25,7 +30,6 @@ Contraction to fused multiply-adds is off, so that the target's logit has the sa
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -33,28 +37,35 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton_math import bits, divide, narrow, number
+from ..bound.segments import RowSegments
+from ..bound.triton_kernels import SEGMENT_BLOCK, SEGMENT_WARPS, bound_terms, clip_bits, weighted_sum
 from .options import LogitTransform
 from .reference import alias_as
 
-NUMBERS = ("scale", "softcap", "temperature", "chain")  # arguments that hold `bits`
+NUMBERS = ("scale", "softcap", "temperature", "chain", "stats_stride")  # those that hold `bits`, and a row count
+CHANGING = (
+    "segments",
+    "begin",
+    "first",
+    "samples",
+    "highest",
+    "floor",
+    "ceiling",
+    "divisor",
+)  # with every chunk or step
+# Slices that begin anywhere: whether one happens to be aligned must not compile a second kernel.
+PER_ROW = ("targets", "stats", "grad_logprob", "grad_entropy")
+PER_SEGMENT = ("offsets", "weights", "advantages", "old", "lengths", "sums")
 
 
-@dataclass(frozen=True)
-class RowTile:
-    """Columns per block and warps of a row program: 16 elements a thread, four 16-byte loads in fp32."""
-
-    block: int
-    warps: int
+# Columns per block by bytes of a logit, for 8 warps: 16 elements a thread, four 16-byte loads in fp32.
+BLOCKS = {2: 4096, 4: 4096, 8: 2048}
+WARPS = SEGMENT_WARPS
 
 
-TILES = {width: RowTile(block, warps) for width, block, warps in ((2, 4096, 8), (4, 4096, 8), (8, 2048, 8))}
-
-
-def _tile(vocab: int, width: int) -> RowTile:
-    """The tile for a row of ``vocab`` logits of ``width`` bytes, cut down for vocabularies below one block."""
-    full = TILES[width]
-    block = min(full.block, max(32, triton.next_power_of_2(vocab)))
-    return RowTile(block, max(1, full.warps * block // full.block))
+def _block(vocab: int, width: int) -> int:
+    """Columns per block, fewer for vocabularies below one block."""
+    return min(BLOCKS[width], max(32, triton.next_power_of_2(vocab)))
 
 
 @triton.jit
@@ -113,7 +124,7 @@ def _absorb(z, top, total, moment, ENTROPY: tl.constexpr):
     return tl.maximum(top, z), total, moment
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=PER_ROW)
 def _statistics_kernel(
     logits,  # [C, V]
     stride,
@@ -188,38 +199,19 @@ def _gradient_block(
         tl.store(out + column, narrow(grad, OUT))
 
 
-@triton.jit(do_not_specialize=NUMBERS)
-def _gradient_kernel(
-    logits,  # [C, V]
-    stride,
-    targets,  # [C] int64
-    bias,  # [V] or None
-    stats,  # [4, C]
-    stats_stride,
-    grad_logprob,  # [C]
-    grad_entropy,  # [C] or None
-    out,  # [C, V], the storage of logits
-    out_stride,
-    scale,  # bits or None, as softcap, temperature and chain
-    softcap,
-    temperature,
-    chain,  # scale / temperature
-    V: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    ENTROPY: tl.constexpr = grad_entropy is not None
+@triton.jit
+def _gradient_row(
+    logits, stride, targets, bias, stats, stats_stride, g, h, out, out_stride, scale, softcap, temperature, chain, row,
+    V: tl.constexpr, ENTROPY: tl.constexpr, ALIGN: tl.constexpr, OUT_ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A row's logits become their gradient, for upstream gradients g of its log-probability and h of its entropy."""
     FULL: tl.constexpr = V // BLOCK * BLOCK
-    row = tl.program_id(0).to(tl.int64)
     logits += tl.multiple_of(row * stride, ALIGN)
-    out += tl.multiple_of(row * out_stride, ALIGN)
+    out += tl.multiple_of(row * out_stride, OUT_ALIGN)
     lane = tl.arange(0, BLOCK)
-    g = tl.load(grad_logprob + row)
-    h = g
     entropy = g
     live = g != 0.0
     if ENTROPY:
-        h = tl.load(grad_entropy + row)
         entropy = tl.load(stats + 3 * stats_stride + row)
         live = live | (h != 0.0)
     if live:
@@ -246,14 +238,125 @@ def _gradient_kernel(
             tl.store(out + FULL + lane, zero, mask=FULL + lane < V)
 
 
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=PER_ROW)
+def _gradient_kernel(
+    logits,  # [C, V]
+    stride,
+    targets,  # [C] int64
+    bias,  # [V] or None
+    stats,  # [4, C]
+    stats_stride,
+    grad_logprob,  # [C]
+    grad_entropy,  # [C] or None
+    out,  # [C, V], the storage of logits
+    out_stride,
+    scale,  # bits or None, as softcap, temperature and chain
+    softcap,
+    temperature,
+    chain,  # scale / temperature
+    V: tl.constexpr,
+    ALIGN: tl.constexpr,
+    OUT_ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    g = tl.load(grad_logprob + row)
+    h = g
+    if grad_entropy is not None:
+        h = tl.load(grad_entropy + row)
+    _gradient_row(
+        logits, stride, targets, bias, stats, stats_stride, g, h, out, out_stride, scale, softcap, temperature, chain,
+        row, V, grad_entropy is not None, ALIGN, OUT_ALIGN, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _segment_of(row, offsets, segments):
+    """The last segment that begins at or before a row."""
+    low = segments * 0
+    high = segments - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        begins = tl.load(offsets + middle) <= row
+        low = tl.where(begins, middle, low)
+        high = tl.where(begins, high, middle - 1)
+    return low
+
+
+@triton.jit(do_not_specialize=(*NUMBERS, *CHANGING), do_not_specialize_on_alignment=(*PER_ROW, *PER_SEGMENT))
+def _bound_gradient_kernel(
+    logits,  # [C, V]
+    stride,
+    targets,  # [C] int64
+    bias,  # [V] or None
+    stats,  # [4, C]
+    stats_stride,
+    offsets,  # [segments + 1] int64, counted over all rows
+    weights,  # [segments] fp32
+    advantages,  # [B]
+    old,  # [B * n] or None
+    lengths,  # [B] or None
+    sums,  # [segments] out
+    grad_logprob,  # [C] out
+    out,  # [C, V], the storage of logits
+    out_stride,
+    segments: tl.int64,
+    begin: tl.int64,  # the chunk's first row of all rows
+    first: tl.int64,  # the chunk's first segment of all segments
+    samples: tl.int64,  # n
+    highest: tl.int64,  # bits of 1 + clip_high
+    floor: tl.int64,  # bits of 1 - clip_low
+    ceiling: tl.int64,  # bits of dual_clip
+    divisor: tl.int64,  # bits
+    scale,  # bits or None, as softcap, temperature and chain
+    softcap,
+    temperature,
+    chain,  # scale / temperature
+    V: tl.constexpr,
+    ALIGN: tl.constexpr,
+    OUT_ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENT_BLOCK: tl.constexpr,
+):
+    DTYPE: tl.constexpr = stats.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    s = _segment_of(begin + row, offsets, segments)
+    start = tl.load(offsets + s)
+    weight = tl.load(weights + s)
+    sequence = (first + s) // samples
+    length = tl.full([], 1.0, DTYPE)
+    if lengths is not None:
+        length = tl.load(lengths + sequence).to(DTYPE)
+    d = tl.full([], 0.0, DTYPE)
+    opens = begin + row == start
+    if old is not None or opens:  # on-policy the sum is for the loss alone
+        logprob = stats + 2 * stats_stride
+        total = weighted_sum(logprob, start - begin, tl.load(offsets + s + 1) - begin, weight, SEGMENT_BLOCK)
+        tl.store(sums + s, total, mask=opens)
+        if old is not None:
+            d = divide(total - tl.load(old + first + s), length)
+    advantage = tl.load(advantages + sequence)
+    limits = number(highest, DTYPE), number(floor, DTYPE), number(ceiling, DTYPE)
+    _, slope = bound_terms(d, advantage, length, *limits)
+    g = divide(slope, -number(divisor, DTYPE)) * weight.to(DTYPE)
+    tl.store(grad_logprob + row, g)
+    _gradient_row(
+        logits, stride, targets, bias, stats, stats_stride, g, g, out, out_stride, scale, softcap, temperature, chain,
+        row, V, False, ALIGN, OUT_ALIGN, BLOCK,
+    )  # fmt: skip
+
+
+def _alignment(rows: Tensor) -> int:
+    """Elements that every row's place is a multiple of. Triton sees 16 or nothing in a stride; 16 bytes are 2 to 8."""
+    return math.gcd(rows.stride(0), 16)
+
+
 def _launch_options(logits: Tensor) -> dict[str, object]:
-    tile = _tile(logits.shape[1], logits.element_size())
     return dict(
         V=logits.shape[1],
-        # Triton infers alignment only from strides that are multiples of 16 elements; 16 bytes take 2 to 8.
-        ALIGN=math.gcd(logits.stride(0), 16),
-        BLOCK=tile.block,
-        num_warps=tile.warps,
+        ALIGN=_alignment(logits),
+        BLOCK=_block(logits.shape[1], logits.element_size()),
+        num_warps=WARPS,
         enable_fp_fusion=False,
     )
 
@@ -316,6 +419,36 @@ def dlogits_(
         _gradient_kernel[(logits.shape[0],)](
             logits, logits.stride(0), targets.contiguous(), _dense(bias), stats, stats.stride(0),
             grad_logprob.contiguous(), _dense(grad_entropy),
-            out, out.stride(0), **_numbers(transform), chain=_chain(transform), **_launch_options(logits),
+            out, out.stride(0), **_numbers(transform), chain=_chain(transform), OUT_ALIGN=_alignment(out),
+            **_launch_options(logits),
         )  # fmt: skip
     return out
+
+
+def bound_dlogits_(
+    logits: Tensor,  # [C, V], unit column stride, overwritten
+    targets: Tensor,  # [C] int64
+    bias: Tensor | None,  # [V]
+    transform: LogitTransform,
+    stats: Tensor,  # [4, C] as row_statistics left it
+    segments: RowSegments,  # the chunk's whole segments
+    sums: Tensor,  # [segments] out
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the raw logits for the bound's loss, and that of the log-probabilities ``[C]``, in one launch."""
+    assert logits.stride(1) == 1 and stats.stride(1) == 1
+    out, bound, dtype = alias_as(logits, out_dtype), segments.bound, stats.dtype
+    grad = torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
+    if logits.shape[0] == 0:
+        return out, grad
+    with torch.cuda.device_of(logits):
+        _bound_gradient_kernel[(logits.shape[0],)](
+            logits, logits.stride(0), targets.contiguous(), _dense(bias), stats, stats.stride(0),
+            segments.offsets, segments.weight, _dense(bound.advantages.to(dtype)),
+            None if bound.old is None else _dense(bound.old.to(dtype)), _dense(bound.length), sums, grad,
+            out, out.stride(0), segments.weight.shape[0], segments.begin, segments.first, bound.shape[1],
+            **clip_bits(*bound.clip), divisor=bits(bound.divisor),
+            **_numbers(transform), chain=_chain(transform), OUT_ALIGN=_alignment(out), SEGMENT_BLOCK=SEGMENT_BLOCK,
+            **_launch_options(logits),
+        )  # fmt: skip
+    return out, grad

@@ -8,20 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import validation as check
-from ..backends import engine, resolve
+from ..backends import engine, resolve, why_not
 from . import ops
 from .draw import MAX_ID, MaskDraw
-from .schedule import (
-    HARMONIC,
-    SCHEDULES,
-    SCHEMES,
-    CountSchedule,
-    CountSpec,
-    DrawSpec,
-    MaskSpec,
-    count_tables,
-    prompt_threshold,
-)
+from .reference import Facts
+from .schedule import HARMONIC, SCHEDULES, SCHEMES, CountSchedule, DrawSpec, count_tables, prompt_threshold
 
 
 def random_mask(
@@ -78,11 +69,11 @@ def random_mask(
     if probability > 0 and prompt_mask is None:
         raise ValueError("prompt_mask_prob > 0 needs prompt_mask [B, T] bool")
     resolved = resolve(backend, input_ids.device)
-    lengths, max_id = check_response(input_ids, response_mask, prompt_mask, mask_token_id, n_mc, resolved)
+    facts = check_response(input_ids, response_mask, prompt_mask, sample_ids, mask_token_id, n_mc, resolved)
     if sample_ids is None:
         sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
-    spec = _spec(scheme, schedule, n_mc, lo, hi, seed, mask_token_id, probability, lengths, input_ids.device)
-    return draw_unchecked(input_ids, response_mask, prompt_mask, sample_ids, spec, resolved, max_id)
+    spec = _spec(scheme, schedule, n_mc, lo, hi, seed, mask_token_id, probability, facts.lengths, input_ids.device)
+    return draw_unchecked(input_ids, response_mask, prompt_mask, sample_ids, spec, resolved, facts)
 
 
 def make_spec(
@@ -102,33 +93,30 @@ def draw_unchecked(
     sample_ids: Tensor,
     spec: DrawSpec,
     backend: str,
-    max_id: int,
+    facts: Facts,
 ) -> MaskDraw:
-    """The draw itself, for inputs that were checked; one host read (the number of rows of each segment)."""
-    c, m = spec.counts, spec.masks
-    seed = ops.signed(c.seed)
-    count, weight, offsets = ops.mask_counts(
-        response_mask, sample_ids, c.thresholds, c.table_weights, c.table_start, c.scheme, c.schedule, c.n_mc,
-        c.lo, c.hi, seed, backend,
+    """The draw itself, for inputs that were checked. Reads nothing from the device: the host draws the counts too."""
+    law = "reference" if backend == "reference" or why_not("cpu", torch.device("cpu")) else "cpu"
+    counts = engine("masks", law).draw_counts(torch.tensor(facts.lengths), torch.tensor(facts.sample_ids), spec)
+    host_offsets = tuple(counts.offsets.tolist())
+    noisy, rows, targets, count, weight, offsets = ops.mask_draw(
+        input_ids, response_mask, prompt_mask, sample_ids, *(spec.device_tables or (None, None, None)), *counts,
+        host_offsets[-1], spec.scheme, spec.schedule, spec.n_mc, spec.lo, spec.hi, ops.signed(spec.seed),
+        spec.mask_token_id, spec.prompt_threshold, backend,
     )  # fmt: skip
-    host_offsets = tuple(offsets.tolist())
-    noisy, rows, targets = ops.mask_draw(
-        input_ids, response_mask, prompt_mask, sample_ids, offsets, host_offsets[-1], m.coupled, m.lo, m.hi, seed,
-        m.mask_token_id, m.prompt_threshold, backend,
-    )  # fmt: skip
-    return MaskDraw(noisy, rows, targets, offsets, weight, count, host_offsets, max_id)
+    return MaskDraw(noisy, rows, targets, offsets, weight, count, host_offsets, facts.largest_response)
 
 
 def _spec(
     scheme: str, schedule: str | CountSchedule, n_mc: int, lo: int, hi: int, seed: int, mask_token_id: int,
     probability: float, lengths: list[int], device: torch.device,
 ) -> DrawSpec:  # fmt: skip
-    masks = MaskSpec(scheme == "coupled", lo, hi, seed, mask_token_id, prompt_threshold(probability))
     law = HARMONIC if schedule == "harmonic" else schedule
+    threshold = prompt_threshold(probability)
     if not isinstance(law, CountSchedule):
-        return DrawSpec(CountSpec(scheme, law, n_mc, lo, hi, seed), masks)
-    tables = (t.to(device) for t in count_tables(law, lengths, n_mc))
-    return DrawSpec(CountSpec(scheme, "table", n_mc, lo, hi, seed, *tables), masks)
+        return DrawSpec(scheme, law, n_mc, lo, hi, seed, mask_token_id, threshold)
+    tables = count_tables(law, lengths, n_mc)
+    return DrawSpec(scheme, "table", n_mc, lo, hi, seed, mask_token_id, threshold, tables, tables.to(device))
 
 
 def check_draw_tensors(input_ids: Any, response_mask: Any, sample_ids: Any, prompt_mask: Any) -> None:
@@ -184,12 +172,18 @@ def _check_range(mc_range: Any, n_mc: int) -> tuple[int, int]:
 
 
 def check_response(
-    input_ids: Tensor, response_mask: Tensor, prompt_mask: Tensor | None, mask_token_id: int, n_mc: int, backend: str
-) -> tuple[list[int], int]:
-    """Checks of tensor values, and the response lengths and largest response id on the host: one host read in all."""
+    input_ids: Tensor,
+    response_mask: Tensor,
+    prompt_mask: Tensor | None,
+    sample_ids: Tensor | None,
+    mask_token_id: int,
+    n_mc: int,
+    backend: str,
+) -> Facts:
+    """Checks of tensor values; what the host has to know of them: one read from the device in all."""
     if input_ids.numel() == 0:
         raise ValueError(f"input_ids holds no token: shape {list(input_ids.shape)}")
-    facts = engine("masks", backend).input_facts(input_ids, response_mask, prompt_mask, mask_token_id)
+    facts = engine("masks", backend).input_facts(input_ids, response_mask, prompt_mask, sample_ids, mask_token_id)
     if 0 in facts.lengths:
         rows = [b for b, length in enumerate(facts.lengths) if length == 0]
         raise ValueError(f"response_mask has no True in row(s) {rows[:8]}: a sequence needs a response token")
@@ -205,4 +199,4 @@ def check_response(
         )
     if facts.overlap:
         raise ValueError("prompt_mask and response_mask overlap: a token is either prompt or response")
-    return facts.lengths, facts.largest_response
+    return facts

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .schedule import CountSpec, MaskSpec
+from .schedule import DrawSpec
 
 M32 = 0xFFFFFFFF
 KEYS, COUNTS, PROMPT = 0, 1, 2  # purposes
@@ -55,6 +55,7 @@ class Facts(NamedTuple):
     """What a draw must know of its inputs on the host."""
 
     lengths: list[int]  # response tokens of every sequence
+    sample_ids: list[int]
     lowest: int  # of all ids
     highest: int
     largest_response: int  # of the response's ids
@@ -66,18 +67,56 @@ def input_facts(
     input_ids: Tensor,  # [B, T] int64
     response_mask: Tensor,  # [B, T] bool
     prompt_mask: Tensor | None,  # [B, T] bool
+    sample_ids: Tensor | None,  # [B] int64; None: 0..B-1
     mask_token_id: int,
 ) -> Facts:
     """The facts of a batch, by one read from the device."""
+    batch = input_ids.shape[0]
     held = (response_mask & (input_ids == mask_token_id)).any()
     overlap = torch.zeros_like(held) if prompt_mask is None else (prompt_mask & response_mask).any()
     largest = torch.where(response_mask, input_ids, 0).amax()
     numbers = torch.stack((*input_ids.aminmax(), largest, held.long(), overlap.long()))
-    *lengths, lowest, highest, most, any_held, any_overlap = torch.cat((response_mask.sum(-1), numbers)).tolist()
-    return Facts(lengths, lowest, highest, most, bool(any_held), bool(any_overlap))
+    given = () if sample_ids is None else (sample_ids,)
+    lowest, highest, most, any_held, any_overlap, *rest = torch.cat((numbers, response_mask.sum(-1), *given)).tolist()
+    ids = rest[batch:] if given else list(range(batch))
+    return Facts(rest[:batch], ids, lowest, highest, most, bool(any_held), bool(any_overlap))
 
 
-def _drawn(lengths: Tensor, sample_ids: Tensor, spec: CountSpec) -> Tensor:
+class Counts(NamedTuple):
+    """How many tokens every segment masks, and the weight of each of them."""
+
+    masked: Tensor  # [B, m] int32
+    weight: Tensor  # [B, m] fp32
+    offsets: Tensor  # [B*m + 1] int64, running sum of the counts
+
+
+class Draw(NamedTuple):
+    """A draw of B sequences, m samples each, as tensors on one device."""
+
+    noisy_ids: Tensor  # [B, m, T] int64
+    rows: Tensor  # [N] int64, flat indices into B*m*T of the masked response tokens, ascending
+    targets: Tensor  # [N] int64, the tokens they hide
+    masked: Tensor  # as Counts
+    weight: Tensor
+    offsets: Tensor
+
+
+def new_draw(input_ids: Tensor, spec: DrawSpec, counts: Counts) -> tuple[Draw, Tensor]:
+    """A draw yet to be written, for the engines of a GPU, and the state of their scan over segments."""
+    batch, tokens = input_ids.shape
+    num_rows, shape, device = int(counts.offsets[-1]), (batch, spec.samples), input_ids.device
+    noisy, rows, targets = (
+        torch.empty(size, dtype=torch.int64, device=device) for size in ((*shape, tokens), (num_rows,), (num_rows,))
+    )
+    count = torch.empty(shape, dtype=torch.int32, device=device)
+    weight = torch.empty(shape, dtype=torch.float32, device=device)
+    offsets, state = (torch.empty(batch * spec.samples + 1, dtype=torch.int64, device=device) for _ in range(2))
+    if not count.numel():  # no kernel runs
+        offsets.zero_()
+    return Draw(noisy, rows, targets, count, weight, offsets), state
+
+
+def _drawn(lengths: Tensor, sample_ids: Tensor, spec: DrawSpec) -> Tensor:
     """Masked tokens [B, m] of every scheme but Bernoulli."""
     j = torch.arange(spec.lo, spec.hi, device=lengths.device)
     length = lengths[:, None]
@@ -97,11 +136,11 @@ def _drawn(lengths: Tensor, sample_ids: Tensor, spec: CountSpec) -> Tensor:
     u = (j << 32) + r
     if spec.schedule == "stratified":
         return 1 + (u * length) // (spec.n_mc << 32)
-    assert spec.thresholds is not None and spec.table_start is not None
+    assert spec.tables is not None
     count = torch.empty_like(u)
     for b, size in enumerate(lengths.tolist()):
-        start = int(spec.table_start[b])
-        count[b] = 1 + torch.searchsorted(spec.thresholds[start : start + size], u[b], right=True)
+        start = int(spec.tables.start[b])
+        count[b] = 1 + torch.searchsorted(spec.tables.thresholds[start : start + size], u[b], right=True)
     return count
 
 
@@ -110,7 +149,7 @@ def _count_words(j: Tensor, sample_ids: Tensor, seed: int) -> Tensor:
     return words(torch.zeros_like(j)[None], j[None], sample_ids[:, None], COUNTS, seed)[0]
 
 
-def _weights(count: Tensor, lengths: Tensor, spec: CountSpec) -> Tensor:
+def _weights(count: Tensor, lengths: Tensor, spec: DrawSpec) -> Tensor:
     """Token weights [B, m] of every scheme but Bernoulli, divided in fp64 and rounded once."""
     length = lengths[:, None].double()
     if spec.scheme == "full":
@@ -118,12 +157,12 @@ def _weights(count: Tensor, lengths: Tensor, spec: CountSpec) -> Tensor:
     if spec.scheme == "coupled":
         return torch.where(count > 0, (length + 1.0) / count.double(), 0.0).float()
     if spec.schedule == "table":
-        assert spec.table_weights is not None and spec.table_start is not None
-        return spec.table_weights[spec.table_start[:, None] + count - 1]
+        assert spec.tables is not None
+        return spec.tables.weights[spec.tables.start[:, None] + count - 1]
     return (length / count.double()).float()
 
 
-def _bernoulli(lengths: Tensor, sample_ids: Tensor, spec: CountSpec) -> tuple[Tensor, Tensor]:
+def _bernoulli(lengths: Tensor, sample_ids: Tensor, spec: DrawSpec) -> tuple[Tensor, Tensor]:
     """Counts and weights [B, m]: how many of a response's words 0 are below q, and 1/t = 2^32 / q."""
     j = torch.arange(spec.lo, spec.hi, device=lengths.device)
     r = _count_words(j, sample_ids, spec.seed)
@@ -137,19 +176,18 @@ def _bernoulli(lengths: Tensor, sample_ids: Tensor, spec: CountSpec) -> tuple[Te
 
 
 def draw_counts(
-    response_mask: Tensor,  # [B, T] bool
-    sample_ids: Tensor,  # [B] int64
-    spec: CountSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Masked counts ``[B, m] int32``, token weights ``[B, m] fp32``, the counts' running sum ``[B*m + 1] int64``."""
-    lengths = response_mask.sum(-1)
+    lengths: Tensor,  # [B] int64, on the host
+    sample_ids: Tensor,  # [B] int64, on the host
+    spec: DrawSpec,
+) -> Counts:
+    """The law over counts: a function of lengths, ids and seed alone, so the host needs nothing of the device."""
     if spec.scheme == "bernoulli":
         count, weight = _bernoulli(lengths, sample_ids, spec)
     else:
         count = _drawn(lengths, sample_ids, spec)
         weight = _weights(count, lengths, spec)
     offsets = torch.cat((count.new_zeros(1), count.flatten().cumsum(0)))
-    return count.to(torch.int32), weight, offsets
+    return Counts(count.to(torch.int32), weight, offsets)
 
 
 def _smallest(key_hi: Tensor, key_lo: Tensor, count: Tensor) -> Tensor:
@@ -161,7 +199,7 @@ def _smallest(key_hi: Tensor, key_lo: Tensor, count: Tensor) -> Tensor:
     return torch.zeros_like(ranked).scatter(-1, order, ranked)
 
 
-def _masked(length: int, sample_id: Tensor, count: Tensor, spec: MaskSpec) -> Tensor:
+def _masked(length: int, sample_id: Tensor, count: Tensor, spec: DrawSpec) -> Tensor:
     """Which positions of one response are masked [m, L], by samples that mask ``count`` [m] tokens."""
     j = torch.arange(spec.lo, spec.hi, device=count.device)
     position = torch.arange(length, device=count.device)
@@ -171,31 +209,28 @@ def _masked(length: int, sample_id: Tensor, count: Tensor, spec: MaskSpec) -> Te
     return _smallest(w0, w1, torch.where(complement, length - count, count)) != complement[:, None]
 
 
-def draw_masks(
+def draw(
     input_ids: Tensor,  # [B, T] int64
     response_mask: Tensor,  # [B, T] bool
     prompt_mask: Tensor | None,  # [B, T] bool
     sample_ids: Tensor,  # [B] int64
-    segment_offsets: Tensor,  # [B*m + 1] int64, cumulative counts
-    num_rows: int,  # the last of them
-    spec: MaskSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Noisy ids ``[B, m, T]``; flat indices into B*m*T of the masked response tokens, ascending, and the tokens they
-    hide, two ``[N] int64``."""
+    spec: DrawSpec,
+    counts: Counts,  # as drawn on the host
+) -> Draw:
+    """The whole draw, on the device of ``input_ids``."""
     batch, tokens = input_ids.shape
     device = input_ids.device
-    count = segment_offsets.diff().view(batch, spec.samples)
+    counts = Counts(*(t.to(device, copy=True) for t in counts))
     masked = torch.zeros(batch, spec.samples, tokens, dtype=torch.bool, device=device)
     for b in range(batch):
         where = response_mask[b].nonzero().flatten()
-        masked[b][:, where] = _masked(len(where), sample_ids[b], count[b], spec)
+        masked[b][:, where] = _masked(len(where), sample_ids[b], counts.masked[b].long(), spec)
     clean = input_ids[:, None].expand(-1, spec.samples, -1)
     rows = masked.flatten().nonzero().flatten()
-    assert len(rows) == num_rows
     noisy = torch.where(masked, spec.mask_token_id, clean)
     if prompt_mask is not None and spec.prompt_threshold:
         j = torch.arange(spec.lo, spec.hi, device=device)[None, :, None]
         index = torch.arange(tokens, device=device)[None, None, :]
         w0, _ = words(index, j, sample_ids[:, None, None], PROMPT, spec.seed)
         noisy = torch.where(prompt_mask[:, None] & (w0 < spec.prompt_threshold), spec.mask_token_id, noisy)
-    return noisy, rows, clean.reshape(-1)[rows]
+    return Draw(noisy, rows, clean.reshape(-1)[rows], *counts)

@@ -15,12 +15,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 SCHEMES = ("exact", "bernoulli", "coupled", "full")
 SCHEDULES = ("uniform", "stratified", "harmonic")
+SCHEDULE_CODES = ("uniform", "stratified", "table")  # what backends are told, in the order of stream.h
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,24 @@ def _cached_table(schedule: CountSchedule, length: int, n_mc: int) -> tuple[Tens
     return schedule.table(length, n_mc)
 
 
-@dataclass(frozen=True)
-class CountSpec:
-    """The law over counts as plain numbers: what a backend's ``draw_counts`` is told of samples lo..hi-1 of n_mc.
+class CountTables(NamedTuple):
+    """A law given by a table: sequence b of length L owns the entries ``start[b] : start[b] + L``."""
 
-    ``schedule`` is "uniform", "stratified" or "table". For "table", sequence b of length L owns the entries
-    ``table_start[b] : table_start[b] + L`` of ``thresholds`` and ``table_weights``.
+    thresholds: Tensor  # [K] int64
+    weights: Tensor  # [K] fp32
+    start: Tensor  # [B] int64
+
+    def to(self, device: torch.device) -> CountTables:
+        """The same on a device."""
+        return CountTables(*(t.to(device) for t in self))
+
+
+@dataclass(frozen=True)
+class DrawSpec:
+    """Everything but the tokens of a draw, as plain numbers: samples lo..hi-1 of n_mc under a seed.
+
+    ``schedule`` is "uniform", "stratified" or "table"; the last one's tables are kept on the host, which draws the
+    counts, and on the device, whose kernel draws them again rather than wait for them.
     """
 
     scheme: str
@@ -110,53 +124,31 @@ class CountSpec:
     lo: int
     hi: int
     seed: int
-    thresholds: Tensor | None = None  # [K] int64
-    table_weights: Tensor | None = None  # [K] fp32
-    table_start: Tensor | None = None  # [B] int64
-
-    @property
-    def samples(self) -> int:
-        """Number of samples drawn, hi - lo."""
-        return self.hi - self.lo
-
-
-@dataclass(frozen=True)
-class MaskSpec:
-    """What a backend's ``draw_masks`` is told, the counts being known: samples lo..hi-1 under a seed.
-
-    A segment masks the tokens with the smallest keys, as many as its count says. With ``coupled``, sample 2i + 1 masks
-    all but the L - count smallest under the keys of sample 2i.
-    """
-
-    coupled: bool
-    lo: int
-    hi: int
-    seed: int
     mask_token_id: int
     prompt_threshold: int = 0  # a prompt token is masked where its 32-bit word is below this (up to 2^32)
+    tables: CountTables | None = None
+    device_tables: CountTables | None = None
 
     @property
     def samples(self) -> int:
         """Number of samples drawn, hi - lo."""
         return self.hi - self.lo
 
-
-@dataclass(frozen=True)
-class DrawSpec:
-    """Everything but the tokens of a draw."""
-
-    counts: CountSpec
-    masks: MaskSpec
+    @property
+    def coupled(self) -> bool:
+        """Whether sample 2i + 1 masks what sample 2i leaves."""
+        return self.scheme == "coupled"
 
     def part(self, b: int, lo: int, hi: int) -> DrawSpec:
         """Samples lo..hi-1 of sequence b alone."""
-        start = self.counts.table_start
-        counts = replace(self.counts, lo=lo, hi=hi, table_start=None if start is None else start[b : b + 1])
-        return DrawSpec(counts, replace(self.masks, lo=lo, hi=hi))
+        tables, device_tables = (
+            None if t is None else t._replace(start=t.start[b : b + 1]) for t in (self.tables, self.device_tables)
+        )
+        return replace(self, lo=lo, hi=hi, tables=tables, device_tables=device_tables)
 
 
-def count_tables(schedule: CountSchedule, lengths: Sequence[int], n_mc: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``(thresholds, weights, start)``: tables of the distinct lengths, end to end, and where each sequence's is."""
+def count_tables(schedule: CountSchedule, lengths: Sequence[int], n_mc: int) -> CountTables:
+    """Tables of the distinct lengths, end to end, and where each sequence's is."""
     start_of: dict[int, int] = {}
     thresholds: list[Tensor] = []
     weights: list[Tensor] = []
@@ -168,7 +160,7 @@ def count_tables(schedule: CountSchedule, lengths: Sequence[int], n_mc: int) -> 
         thresholds.append(t)
         weights.append(w)
     start = torch.tensor([start_of[length] for length in lengths], dtype=torch.int64)
-    return torch.cat(thresholds), torch.cat(weights), start
+    return CountTables(torch.cat(thresholds), torch.cat(weights), start)
 
 
 def _hashable(schedule: CountSchedule) -> bool:

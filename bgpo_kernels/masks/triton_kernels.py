@@ -1,11 +1,9 @@
-"""Mask stream, version 1, in Triton: two integer kernels, bit-equal to ``reference``.
+"""Mask stream, version 1, in Triton: one integer kernel, one launch, bit-equal to ``reference``.
 
-``_counts_kernel`` says how many tokens each sample masks; it alone knows schemes and schedules. ``_masks_kernel`` does
-the rest, one program per sample.
-
-**Every mask is one comparison.** A token is masked iff ``(key, position) < (bound, end)`` in lexicographic order, key
-being its 64-bit selection word (for the second sample of a coupled pair: iff not). ``bound`` is a value that exactly l
-keys do not exceed, and position decides only among equal keys.
+One program per sample. Only the count knows of schemes and schedules; given it, **every mask is one comparison**: a
+token is masked iff ``(key, position) < (bound, end)`` in lexicographic order, key being its 64-bit selection word (for
+the second sample of a coupled pair: iff not). ``bound`` is a value that exactly l keys do not exceed, and position
+decides only among equal keys.
 
 **Keys are recomputed, never stored.** Keys are uniform, so interpolating for the bound and stopping as soon as the
 count is exactly l takes about 3.5 passes at L = 64 and 5.5 at L = 32768 (simulated; bisecting all bits takes 64). So
@@ -15,9 +13,14 @@ halves the interval, so the search ends even where keys tie; a tie at the bound 
 exactly l tokens are always masked. Then the program walks its row left to right once more, so that rows come out
 ascending.
 
+**Where a sample's rows go** is the sum of the counts before it, by a single-pass scan (Merrill and Garland 2016): a
+program publishes its count before it selects, and afterwards adds up its predecessors' back to one that has published
+the sum up to itself. Programs number themselves by a ticket, so whoever waits waits only for programs that run already
+and publish before they wait for anyone.
+
 Bytes per token and sample: 10 read (11 with a prompt mask), of which n samples share all from cache, and 8 written; 16
-per masked row. Everything is integer arithmetic except the weights, formed in fp64 and rounded once to fp32. Nothing
-waits for the device.
+per masked row; 32 per sample. Everything is integer arithmetic except the weights, formed in fp64 and rounded once to
+fp32. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -28,12 +31,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton_philox import COUNTS, KEYS, PROMPT, seed_words, stream_words
-from .reference import input_facts
-from .schedule import CountSpec, MaskSpec
+from .reference import Counts, Draw, input_facts, new_draw
+from .schedule import DrawSpec
 
-__all__ = ["draw_counts", "draw_masks", "input_facts"]
+__all__ = ["draw", "input_facts"]
 
 MAX_BLOCK = 1024  # tokens per program and pass: 4 keys in flight per thread of 8 warps
+MAX_REGISTERS = 80  # three programs on a multiprocessor; left to itself ptxas aims at 64 in one variant, and spills
+LOOK_BACK = tl.constexpr(32)  # predecessors looked at together
+COUNT, SUM = tl.constexpr(1), tl.constexpr(2)  # low bits of a scan word: what the number above them is; 0: unknown yet
 
 
 @triton.jit
@@ -166,16 +172,74 @@ def _response_length(response_mask, tokens, BLOCK: tl.constexpr):
     return tl.sum(found, 0).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "first_sample"])
-def _counts_kernel(
+@triton.jit
+def _count_and_weight(
+    j, sample_id, length, n_mc, seed_low, seed_high, thresholds, table_weights,
+    SCHEME: tl.constexpr, SCHEDULE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Masked tokens of sample j, the weight of each, and, for Bernoulli, the largest key that is masked."""
+    # Both samples of a coupled pair share the count word of the even one.
+    word, _ = stream_words(
+        j * 0, j - j % 2 if SCHEME == "coupled" else j, sample_id, seed_low, seed_high, COUNTS
+    )  # fmt: skip
+    r = word.to(tl.int64)
+    bound = _largest_key()
+    if SCHEME == "full":
+        count = length
+        weight = 1.0
+    elif SCHEME == "bernoulli":
+        q = r + 1 if SCHEDULE == "uniform" else tl.maximum(((j << 32) + r + 1) // n_mc, 1)
+        # w0 < q  <=>  key <= (q << 32) - 1, and q = 2^32 wraps to the largest key
+        bound = (q.to(tl.uint64) << 32) - 1
+        count = _count_not_above(bound, length, j, sample_id, seed_low, seed_high, BLOCK)
+        weight = (4294967296.0 / q.to(tl.float64)).to(tl.float32)
+    else:
+        count = _drawn_count(j, r, length, n_mc, thresholds, SCHEME, SCHEDULE, BLOCK)
+        if SCHEME == "coupled":
+            count = tl.where(j % 2 == 1, length - count, count)
+        weight = _token_weight(count, length, table_weights, SCHEME, SCHEDULE)
+    return count, weight, bound
+
+
+@triton.jit
+def _sum_before(state, segment):
+    """Sum of the counts of all segments before this one; word 1 + s of ``state`` is segment s's."""
+    before = segment * 0
+    word_of = segment  # the nearest predecessor's
+    lane = tl.arange(0, LOOK_BACK)
+    while word_of > 0:
+        at = word_of - lane
+        word = tl.load(state + at, mask=at > 0, other=SUM, volatile=True)  # before the first segment: 0
+        while tl.min(word & 3, 0) == 0:
+            word = tl.load(state + at, mask=at > 0, other=SUM, volatile=True)
+        nearest = tl.min(tl.where((word & 3) == SUM, lane, LOOK_BACK), 0)
+        before += tl.sum(tl.where(lane <= nearest, word >> 2, 0), 0)
+        word_of = tl.where(nearest < LOOK_BACK, 0, word_of - LOOK_BACK)
+    return before
+
+
+@triton.jit(
+    do_not_specialize=("seed_low", "seed_high", "first_sample", "samples", "n_mc", "mask_token_id", "prompt_threshold"),
+    do_not_specialize_on_alignment=("sample_ids", "table_start"),
+)
+def _draw_kernel(
+    input_ids,  # [B, T] int64
     response_mask,  # [B, T] bool
+    prompt_mask,  # [B, T] bool or None
     sample_ids,  # [B] int64
     thresholds,  # [K] int64 or None
     table_weights,  # [K] fp32 or None
     table_start,  # [B] int64 or None
+    noisy_ids,  # [B, m, T] int64 out
+    rows,  # [N] int64 out
+    targets,  # [N] int64 out
     counts,  # [B, m] int32 out
     weights,  # [B, m] fp32 out
+    offsets,  # [B*m + 1] int64 out
+    state,  # [1 + B*m] int64, zeros: the ticket and the scan's words
     tokens,
+    mask_token_id,
+    prompt_threshold: tl.int64,
     seed_low,
     seed_high,
     first_sample,
@@ -183,76 +247,41 @@ def _counts_kernel(
     n_mc,
     SCHEME: tl.constexpr,
     SCHEDULE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    segment = tl.program_id(0)
-    row = (segment // samples).to(tl.int64)
-    j = (first_sample + segment % samples).to(tl.int64)
-    sample_id = tl.load(sample_ids + row)
-    length = _response_length(response_mask + row * tokens, tokens, BLOCK)
-    if SCHEDULE == "table":
-        table = tl.load(table_start + row)
-        thresholds += table
-        table_weights += table
-    # Both samples of a coupled pair share the count word of the even one.
-    word, _ = stream_words(
-        j * 0, j - j % 2 if SCHEME == "coupled" else j, sample_id, seed_low, seed_high, COUNTS
-    )  # fmt: skip
-    r = word.to(tl.int64)
-
-    if SCHEME == "full":
-        count = length
-        weight = 1.0
-    elif SCHEME == "bernoulli":
-        q = r + 1 if SCHEDULE == "uniform" else tl.maximum(((j << 32) + r + 1) // n_mc, 1)
-        # w0 < q  <=>  key <= (q << 32) - 1, and q = 2^32 wraps to the largest key
-        count = _count_not_above((q.to(tl.uint64) << 32) - 1, length, j, sample_id, seed_low, seed_high, BLOCK)
-        weight = (4294967296.0 / q.to(tl.float64)).to(tl.float32)
-    else:
-        count = _drawn_count(j, r, length, n_mc, thresholds, SCHEME, SCHEDULE, BLOCK)
-        if SCHEME == "coupled":
-            count = tl.where(j % 2 == 1, length - count, count)
-        weight = _token_weight(count, length, table_weights, SCHEME, SCHEDULE)
-    tl.store(counts + segment, count.to(tl.int32))
-    tl.store(weights + segment, weight)
-
-
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "first_sample"])
-def _masks_kernel(
-    input_ids,  # [B, T] int64
-    response_mask,  # [B, T] bool
-    prompt_mask,  # [B, T] bool or None
-    sample_ids,  # [B] int64
-    segment_offsets,  # [B*m + 1] int64
-    noisy_ids,  # [B, m, T] int64 out
-    rows,  # [N] int64 out
-    targets,  # [N] int64 out
-    tokens,
-    mask_token_id,
-    prompt_threshold,
-    seed_low,
-    seed_high,
-    first_sample,
-    samples,
-    COUPLED: tl.constexpr,
     PROMPT_NOISE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    segment = tl.program_id(0).to(tl.int64)
+    segment = tl.atomic_add(state, 1).to(tl.int64)
     row = segment // samples
     j = first_sample + segment % samples
     sample_id = tl.load(sample_ids + row)
     input_ids += row * tokens
     response_mask += row * tokens
     noisy_ids += segment * tokens
-    place = tl.load(segment_offsets + segment)
-    wanted = tl.load(segment_offsets + segment + 1) - place
     length = _response_length(response_mask, tokens, BLOCK)
+    if SCHEDULE == "table":
+        table = tl.load(table_start + row)
+        thresholds += table
+        table_weights += table
+    count, weight, bound = _count_and_weight(
+        j, sample_id, length, n_mc, seed_low, seed_high, thresholds, table_weights, SCHEME, SCHEDULE, BLOCK
+    )
+    tl.atomic_xchg(state + 1 + segment, count << 2 | COUNT)
+    tl.store(counts + segment, count.to(tl.int32))
+    tl.store(weights + segment, weight)
+
     key_sample = j
-    if COUPLED:  # the second sample of a pair masks what the first one leaves
-        key_sample = j - j % 2
-        wanted = tl.where(j % 2 == 1, length - wanted, wanted)
-    bound, end = _boundary_of(wanted, length, key_sample, sample_id, seed_low, seed_high, BLOCK)
+    end = length  # among equal keys, masked before this position
+    if SCHEME == "exact" or SCHEME == "coupled":
+        wanted = count
+        if SCHEME == "coupled":  # the second sample of a pair masks what the first one leaves
+            key_sample = j - j % 2
+            wanted = tl.where(j % 2 == 1, length - count, count)
+        bound, end = _boundary_of(wanted, length, key_sample, sample_id, seed_low, seed_high, BLOCK)
+
+    place = _sum_before(state, segment)
+    tl.atomic_xchg(state + 1 + segment, (place + count) << 2 | SUM)
+    tl.store(offsets + segment + 1, place + count)
+    tl.store(offsets, segment * 0, mask=segment == 0)
 
     position = length * 0 - 1
     start = 0
@@ -262,11 +291,13 @@ def _masks_kernel(
         ids = tl.load(input_ids + column, mask=inside)
         response = tl.load(response_mask + column, mask=inside, other=0).to(tl.int32)
         positions = position + tl.cumsum(response, 0)
-        key = _selection_key(positions, key_sample, sample_id, seed_low, seed_high)
-        masked = (key < bound) | ((key == bound) & (positions < end))
-        if COUPLED:
-            masked = masked != (j % 2 == 1)
-        masked = masked & (response == 1)
+        masked = response == 1
+        if SCHEME != "full":
+            key = _selection_key(positions, key_sample, sample_id, seed_low, seed_high)
+            chosen = (key < bound) | ((key == bound) & (positions < end))
+            if SCHEME == "coupled":
+                chosen = chosen != (j % 2 == 1)
+            masked = masked & chosen
         slot = place + tl.cumsum(masked.to(tl.int32), 0) - 1
         tl.store(rows + slot, segment * tokens + column, mask=masked)
         tl.store(targets + slot, ids, mask=masked)
@@ -289,55 +320,25 @@ def _tile(tokens: int) -> tuple[int, int]:
     return block, max(1, block // 128)
 
 
-def draw_counts(
-    response_mask: Tensor,  # [B, T] bool
-    sample_ids: Tensor,  # [B] int64
-    spec: CountSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Masked counts ``[B, m] int32``, token weights ``[B, m] fp32``, the counts' running sum ``[B*m + 1] int64``."""
-    batch, tokens = response_mask.shape
-    device = response_mask.device
-    segments = batch * spec.samples
-    count = torch.empty(batch, spec.samples, dtype=torch.int32, device=device)
-    weight = torch.empty(batch, spec.samples, dtype=torch.float32, device=device)
-    offsets = torch.zeros(segments + 1, dtype=torch.int64, device=device)
-    if segments:
-        table = [None if t is None else t.to(device) for t in (spec.thresholds, spec.table_weights, spec.table_start)]
-        block, warps = _tile(tokens)
-        with torch.cuda.device_of(response_mask):
-            _counts_kernel[(segments,)](
-                response_mask.contiguous(), sample_ids.contiguous(), *table, count, weight,
-                tokens, *seed_words(spec.seed), spec.lo, spec.samples, spec.n_mc,
-                SCHEME=spec.scheme, SCHEDULE=spec.schedule, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
-            )  # fmt: skip
-        torch.cumsum(count.flatten(), 0, out=offsets[1:])
-    return count, weight, offsets
-
-
-def draw_masks(
+def draw(
     input_ids: Tensor,  # [B, T] int64
     response_mask: Tensor,  # [B, T] bool
     prompt_mask: Tensor | None,  # [B, T] bool
     sample_ids: Tensor,  # [B] int64
-    segment_offsets: Tensor,  # [B*m + 1] int64
-    num_rows: int,
-    spec: MaskSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Noisy ids ``[B, m, T]``; flat indices into B*m*T of the masked response tokens, ascending, and the tokens they
-    hide, two ``[N] int64``."""
-    batch, tokens = input_ids.shape
-    noisy = torch.empty(batch, spec.samples, tokens, dtype=torch.int64, device=input_ids.device)
-    rows = torch.empty(num_rows, dtype=torch.int64, device=input_ids.device)
-    targets = torch.empty_like(rows)
-    if noisy.numel():
-        prompt_noise = prompt_mask is not None and spec.prompt_threshold > 0
-        block, warps = _tile(tokens)
-        with torch.cuda.device_of(input_ids):
-            _masks_kernel[(batch * spec.samples,)](
-                input_ids.contiguous(), response_mask.contiguous(), prompt_mask.contiguous() if prompt_noise else None,
-                sample_ids.contiguous(), segment_offsets.contiguous(), noisy, rows, targets,
-                tokens, spec.mask_token_id, spec.prompt_threshold, *seed_words(spec.seed), spec.lo, spec.samples,
-                COUPLED=spec.coupled, PROMPT_NOISE=prompt_noise,
-                BLOCK=block, num_warps=warps, enable_fp_fusion=False,
-            )  # fmt: skip
-    return noisy, rows, targets
+    spec: DrawSpec,
+    counts: Counts,  # on the host: the number of rows
+) -> Draw:
+    """The whole draw in one launch (after one that clears the scan's state)."""
+    tokens = input_ids.shape[1]
+    result, state = new_draw(input_ids, spec, counts)
+    prompt_noise = prompt_mask is not None and spec.prompt_threshold > 0
+    block, warps = _tile(tokens)
+    with torch.cuda.device_of(input_ids):
+        _draw_kernel[(result.masked.numel(),)](
+            input_ids.contiguous(), response_mask.contiguous(), prompt_mask.contiguous() if prompt_noise else None,
+            sample_ids.contiguous(), *(spec.device_tables or (None, None, None)), *result, state.zero_(),
+            tokens, spec.mask_token_id, spec.prompt_threshold, *seed_words(spec.seed), spec.lo, spec.samples, spec.n_mc,
+            SCHEME=spec.scheme, SCHEDULE=spec.schedule, PROMPT_NOISE=prompt_noise,
+            BLOCK=block, num_warps=warps, maxnreg=MAX_REGISTERS, enable_fp_fusion=False,
+        )  # fmt: skip
+    return result

@@ -24,6 +24,18 @@ struct Facts {
     bool held = false, overlap = false;               // the response holds the mask token; meets the prompt mask
 };
 
+// Samples lo..hi-1 of the n of each sequence.
+struct CountArgs {
+    const int64_t* lengths;     // [batch], response tokens
+    const int64_t* sample_ids;  // [batch]
+    int64_t batch, n, lo, hi;
+    uint64_t seed;
+    int scheme, schedule;
+    const int64_t* thresholds;  // count tables, or null
+    const float* table_weights;
+    const int64_t* table_start;  // [batch]
+};
+
 struct DrawArgs {
     const int64_t* input_ids;    // [batch, tokens]
     const Response* responses;   // [batch]
@@ -56,7 +68,7 @@ extern const Kernels kernels_avx512;
 template <typename T>
 void segment_sum(const T* values, const int64_t* offsets, const float* weight, int64_t segments, T* out);
 template <typename T>
-void bound(const T* logprob, const float* advantages, const T* old, const float* length, int64_t batch, int64_t n,
+void bound(const T* logprob, const T* advantages, const T* old, const float* length, int64_t batch, int64_t n,
            const Clip& clip, T* term, T* slope);
 
 }  // namespace bgpo::cpu

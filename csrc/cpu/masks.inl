@@ -177,9 +177,7 @@ Facts input_facts(const int64_t* input_ids, const uint8_t* response_mask, const 
 void counts_of_sequence(const CountArgs& a, int64_t b, const Scratch& scratch, int32_t* count, float* weight) {
     const int64_t at = a.schedule == kTable ? a.table_start[b] : 0, id = a.sample_ids[b];
     const CountLaw law{a.scheme, a.schedule, a.n, a.thresholds + at, a.table_weights + at};
-    const uint8_t* response = a.response_mask + b * a.tokens;
-    int64_t length = 0;
-    for (int64_t t = 0; t < a.tokens; ++t) length += response[t];
+    const int64_t length = a.lengths[b];
     for (int64_t i = 0; i < a.hi - a.lo; ++i) {
         const auto j = static_cast<uint32_t>(a.lo + i);
         if (a.scheme == kBernoulli) {
@@ -199,9 +197,11 @@ void draw_counts(const CountArgs& a, int32_t* count, float* weight, int64_t* off
     const int64_t samples = a.hi - a.lo;
     // Unless every token is looked at, there is less to do than it takes to wake a thread.
     [[maybe_unused]] const bool share = a.scheme == kBernoulli || a.batch * samples > kManySegments;
+    int64_t longest = 0;
+    for (int64_t b = 0; b < a.batch; ++b) longest = a.lengths[b] > longest ? a.lengths[b] : longest;
 #pragma omp parallel num_threads(threads) if (share)
     {
-        const Scratch scratch(a.scheme == kBernoulli ? a.tokens : 0);
+        const Scratch scratch(a.scheme == kBernoulli ? longest : 0);
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < a.batch; ++b)
             counts_of_sequence(a, b, scratch, count + b * samples, weight + b * samples);

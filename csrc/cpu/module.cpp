@@ -109,6 +109,14 @@ py::tuple philox_words(uint32_t x, uint32_t y, uint32_t z, uint32_t w, uint64_t 
     return py::make_tuple(r.x, r.y, r.z, r.w);
 }
 
+CountArgs make_counts(uintptr_t lengths, uintptr_t sample_ids, int64_t batch, int64_t n, int64_t lo, int64_t hi,
+                      uint64_t seed, int scheme, int schedule, uintptr_t thresholds, uintptr_t table_weights,
+                      uintptr_t table_start) {
+    return {pointer<const int64_t>(lengths), pointer<const int64_t>(sample_ids), batch, n, lo, hi, seed, scheme,
+            schedule, pointer<const int64_t>(thresholds), pointer<const float>(table_weights),
+            pointer<const int64_t>(table_start)};
+}
+
 template <typename T>
 void call_segment_sum(uintptr_t values, uintptr_t offsets, uintptr_t weight, int64_t segments, uintptr_t out) {
     segment_sum(pointer<const T>(values), pointer<const int64_t>(offsets), pointer<const float>(weight), segments,
@@ -118,7 +126,7 @@ void call_segment_sum(uintptr_t values, uintptr_t offsets, uintptr_t weight, int
 template <typename T>
 void call_bound(uintptr_t logprob, uintptr_t advantages, uintptr_t old, uintptr_t length, int64_t batch, int64_t n,
                 double clip_low, double clip_high, double dual_clip, uintptr_t term, uintptr_t slope) {
-    bound(pointer<const T>(logprob), pointer<const float>(advantages), pointer<const T>(old),
+    bound(pointer<const T>(logprob), pointer<const T>(advantages), pointer<const T>(old),
           pointer<const float>(length), batch, n, Clip{clip_low, clip_high, dual_clip}, pointer<T>(term),
           pointer<T>(slope));
 }

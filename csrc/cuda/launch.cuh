@@ -55,6 +55,12 @@ void launch(const char* name, void (*kernel)(Params...), const Queue& queue, int
     check(cudaGetLastError(), name);
 }
 
+// Zeroes in stream order.
+inline void clear(const char* name, const Queue& queue, void* memory, size_t bytes) {
+    const DeviceGuard guard(queue.device, name);
+    check(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(queue.stream)), name);
+}
+
 // Consecutive items, `per_block` to a block.
 inline int64_t blocks_for(int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; }
 

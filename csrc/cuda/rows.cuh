@@ -12,11 +12,10 @@
 #include <type_traits>
 
 #include "../bgpo/softmax.h"
-#include "launch.cuh"
+#include "segments.cuh"
 
 namespace bgpo::cuda {
 
-constexpr int kThreads = 256;
 constexpr int kVectorBytes = 16;
 
 struct BFloat16 {

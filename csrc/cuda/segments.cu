@@ -1,40 +1,31 @@
 // Segment sums and the bound: a few numbers per sample.
 //
-// segment_sum  out_s = weight_s * sum values[offsets_s : offsets_s+1]. N adds, 4N bytes read (8N for fp64). One warp
-//              per segment; lane i adds values i, i + 32, ... in fp64, the lanes are added in a fixed tree, rounded
-//              once.
+// segment_sum  out_s = weight_s * sum values[offsets_s : offsets_s+1]. N adds, 4N bytes read (8N for fp64). One CTA per
+//              segment, in the order of segments.cuh.
 // bound        bound.h per (sequence, sample). ~10 flops and at most 16 bytes each in fp32; in the logprob's own dtype.
-#include "launch.cuh"
+#include "segments.cuh"
 
 namespace bgpo::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kSegmentsPerBlock = kThreads / kWarp;
-
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    segment_sum_kernel(const T* values, const int64_t* offsets, const float* weight, int64_t segments, T* out) {
-    const int64_t s = static_cast<int64_t>(blockIdx.x) * kSegmentsPerBlock + threadIdx.x / kWarp;
-    const int lane = threadIdx.x % kWarp;
-    if (s >= segments) return;  // whole warps leave together
-    double sum = 0;
-    const int64_t end = offsets[s + 1];
-    for (int64_t i = offsets[s] + lane; i < end; i += kWarp) sum += static_cast<double>(values[i]);
-    for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_down_sync(kAllLanes, sum, step);
-    if (lane == 0) out[s] = static_cast<T>(static_cast<double>(weight[s]) * sum);
+    segment_sum_kernel(const T* values, const int64_t* offsets, const float* weight, T* out) {
+    const int64_t s = blockIdx.x;
+    const T sum = weighted_sum(values + offsets[s], offsets[s + 1] - offsets[s], weight[s]);
+    if (threadIdx.x == 0) out[s] = sum;
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    bound_kernel(const T* logprob, const float* advantages, const T* old, const float* length, int64_t size, int64_t n,
+    bound_kernel(const T* logprob, const T* advantages, const T* old, const float* length, int64_t size, int64_t n,
                  Clip clip, T* term, T* slope) {
     const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     if (i >= size) return;
     const int64_t b = i / n;
     const T divisor = length ? static_cast<T>(length[b]) : T(1);
     const T d = (logprob[i] - (old ? old[i] : logprob[i])) / divisor;  // on-policy 0, or NaN: it must show
-    const auto result = bound_term(d, static_cast<T>(advantages[b]), divisor, clip);
+    const auto result = bound_term(d, advantages[b], divisor, clip);
     term[i] = result.term;
     slope[i] = result.slope;
 }
@@ -44,12 +35,11 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 void segment_sum(const Queue& queue, const T* values, const int64_t* offsets, const float* weight, int64_t segments,
                  T* out) {
-    launch("segment_sum", segment_sum_kernel<T>, queue, blocks_for(segments, kSegmentsPerBlock), kThreads, values,
-           offsets, weight, segments, out);
+    launch("segment_sum", segment_sum_kernel<T>, queue, segments, kThreads, values, offsets, weight, out);
 }
 
 template <typename T>
-void bound(const Queue& queue, const T* logprob, const float* advantages, const T* old, const float* length,
+void bound(const Queue& queue, const T* logprob, const T* advantages, const T* old, const float* length,
            int64_t batch, int64_t n, const Clip& clip, T* term, T* slope) {
     launch("bound", bound_kernel<T>, queue, blocks_for(batch * n, kThreads), kThreads, logprob, advantages, old, length,
            batch * n, n, clip, term, slope);
@@ -59,7 +49,7 @@ template void segment_sum(const Queue&, const float*, const int64_t*, const floa
 template void segment_sum(const Queue&, const double*, const int64_t*, const float*, int64_t, double*);
 template void bound(const Queue&, const float*, const float*, const float*, const float*, int64_t, int64_t, const Clip&,
                     float*, float*);
-template void bound(const Queue&, const double*, const float*, const double*, const float*, int64_t, int64_t,
+template void bound(const Queue&, const double*, const double*, const double*, const float*, int64_t, int64_t,
                     const Clip&, double*, double*);
 
 }  // namespace bgpo::cuda

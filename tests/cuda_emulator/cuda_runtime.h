@@ -235,6 +235,9 @@ inline const char* cudaGetErrorName(cudaError_t) { return "none"; }
 inline const char* cudaGetErrorString(cudaError_t) { return "none"; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* memory, int byte, size_t bytes, cudaStream_t) {
+    return std::memset(memory, byte, bytes), cudaSuccess;
+}
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 
 template <typename... Params, typename... Args>
