@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 PYTEST_ARGS ?=
+OUT ?= gpu-results
 
 IN_VENV := $(VENV)/bin/python
 # Pins what is installed and, under build isolation, what it is built with; pip renamed the second in version 25.3.
@@ -19,17 +20,21 @@ KEY := $(shell { cat $(SOURCES); command -v nvcc; echo '$(SETTINGS)'; } 2>/dev/n
 INSTALLED := $(VENV)/installed-$(KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help memory-vs-mc test bench lint format install clean
+.PHONY: help memory-vs-mc gpu-suite test bench lint format install clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 	@echo
-	@echo "variables: PYTHON=python3.12  VENV=.venv  ARGS='--help' (memory-vs-mc)  PYTEST_ARGS='-k masks' (test, bench)"
+	@echo "variables: PYTHON=python3.12  VENV=.venv  ARGS='--help' (memory-vs-mc, gpu-suite)  OUT=DIR (gpu-suite)"
+	@echo "           PYTEST_ARGS='-k masks' (test, bench)"
 	@echo "           BGPO_KERNELS_CUDA=0|1|auto  BGPO_KERNELS_ARCHS='90a'"
 	@echo "torch without its CUDA packages: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test"
 
 memory-vs-mc: $(INSTALLED) ## the main job: memory and time of a policy update against n_mc
 	$(IN_VENV) benchmarks/memory_vs_mc.py $(ARGS)
+
+gpu-suite: $(INSTALLED) ## all that needs a GPU, verified and measured in under ten minutes, into OUT
+	$(IN_VENV) benchmarks/gpu_suite.py --out $(OUT) $(ARGS)
 
 test: $(INSTALLED) ## the tests
 	$(IN_VENV) -m pytest $(PYTEST_ARGS)

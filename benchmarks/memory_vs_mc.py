@@ -18,7 +18,7 @@ from _memory_vs_mc.data import Tokens, load_tokens
 from _memory_vs_mc.methods import METHODS
 from _memory_vs_mc.options import Options, parse
 from _memory_vs_mc.report import print_report, write_csv, write_json
-from _memory_vs_mc.sweep import Point, PointFailed, sweep
+from _memory_vs_mc.sweep import FAILED, OK, Point, PointFailed, sweep
 from rich.console import Console
 from tqdm import tqdm
 
@@ -43,23 +43,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"memory_vs_mc: {error}", file=sys.stderr)
             return 1
     print_report(points, tokens, options, console)
+    failed = [point for point in points if point.status == FAILED]
+    for point in failed:
+        which = f"{METHODS[point.method].title} at n_mc = {point.n_mc}"
+        print(f"memory_vs_mc: {which} failed:\n{point.message}", file=sys.stderr)
     if options.json is not None:
         write_json(options.json, points, tokens, options)
     if options.csv is not None:
         write_csv(options.csv, points, tokens)
-    if options.plot is not None:
+    plots = options.plot is not None and any(point.status == OK for point in points)
+    if plots:
         from _memory_vs_mc.plot import draw  # matplotlib is only needed here
 
         draw(points, options, _setting(options, tokens), options.plot)
-    for path in filter(None, (options.json, options.csv, options.plot)):
+    for path in filter(None, (options.json, options.csv, options.plot if plots else None)):
         console.print(f"wrote {path}", highlight=False)
-    return 0
+    return 1 if failed else 0
 
 
 def _measured(options: Options, tokens: Tokens, workdir: Path) -> list[Point]:
     with tqdm(total=len(options.methods) * len(options.n_mc), unit="point", dynamic_ncols=True) as bar:
+        so_far: list[Point] = []
 
         def report(point: Point) -> None:
+            so_far.append(point)
+            so_far.sort(key=lambda point: point.n_mc)
+            if options.json is not None:  # a kill loses no finished point
+                write_json(options.json, so_far, tokens, options)
             bar.set_postfix_str(f"{METHODS[point.method].title}, n_mc {point.n_mc}: {point.status}")
             bar.update()
 

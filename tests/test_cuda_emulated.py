@@ -7,6 +7,8 @@ and, by running the threads of a block in three different orders, races between 
 from __future__ import annotations
 
 import shutil
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import cuda_emulator
@@ -103,6 +105,28 @@ def test_prompts_at_probability_one_and_zero(cuda: SimpleNamespace) -> None:
     for threshold in (0, 2**32):
         spec = make_spec("exact", "uniform", 2, prompt_threshold=threshold)
         assert_same_draw(cuda, ids, response, ~response, torch.tensor([4, 9]), spec)
+
+
+def test_a_segment_adds_up_all_before_it(order: str, tmp_path: Path) -> None:
+    """The scan's look-back by itself: predecessors that know their own count, or the sum up to themselves."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to compile the emulated kernels")
+    check = cuda_emulator.program(Path(__file__).with_name("scan_check.cpp"), tmp_path)
+    done = subprocess.run([check], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("scheme", ["exact", "bernoulli", "coupled", "full"])
+def test_segments_find_their_place_whatever_blocks_run_when(
+    cuda: SimpleNamespace, order: str, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scan over segments, with a few blocks at every stage of it at once."""
+    lengths = [3, 1, 20, 7, 2, 40, 5, 9, 1, 33]
+    ids, response = make_batch(lengths, 41)
+    spec = make_spec(scheme, "stratified", 4, lengths, seed=3)
+    for resident in ("2", "6"):
+        monkeypatch.setenv("CUDA_EMULATOR_RESIDENT", resident)
+        assert_same_draw(cuda, ids, response, None, torch.arange(10), spec)
 
 
 # Rows

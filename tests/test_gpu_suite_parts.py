@@ -133,6 +133,26 @@ def test_every_test_is_a_row_whatever_it_does(folder_of_tests: Path, tmp_path: P
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="rehearses, which a GPU makes superfluous")
+def test_dead_cuda_context_fails_one_test_and_not_the_next(folder_of_tests: Path, tmp_path: Path) -> None:
+    from _gpu_suite import gpu_tests
+
+    (folder_of_tests / "test_b.py").unlink()
+    (folder_of_tests / "test_a.py").write_text(
+        "import pytest, torch\n"
+        "pytestmark = pytest.mark.gpu\n"
+        "def dead(): raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
+        "def test_breaks_it():\n"
+        "    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, dead\n"
+        "    dead()\n"
+        "def test_next(): assert not torch.cuda.is_initialized()\n"
+    )
+    out = tmp_path / "tests.json"
+    assert gpu_tests.main(["--dry-run", "--tests", str(folder_of_tests), "--out", str(out)]) == 1
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["status"] for row in rows] == ["failed", "ok"] and "illegal memory access" in rows[0]["message"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="rehearses, which a GPU makes superfluous")
 def test_no_test_that_passes_is_a_failure(package: ModuleType, folder_of_tests: Path, tmp_path: Path) -> None:
     from _gpu_suite import gpu_tests
 

@@ -194,7 +194,7 @@ def test_word_1_decides_between_equal_words_0(
         ids, ids == 0, mask_token_id=MASK_ID, n_mc=1, seed=7, sample_ids=sample_ids, backend=backend,
         schedule=bk.CountSchedule(law.tolist()),
     )  # fmt: skip
-    assert int(drawn.masked) == count == int((drawn.noisy_ids == MASK_ID).sum())
+    assert int(drawn.count) == count == int((drawn.noisy_ids == MASK_ID).sum())
     assert drawn.noisy_ids[0, 0, first] == MASK_ID and drawn.noisy_ids[0, 0, second] == 0
 
 
@@ -234,7 +234,7 @@ def test_long_responses_give_the_reference_bits(law: str, kernels: str) -> None:
     assert_same_draw(redraw(backend="cpu"), want, f"({kernels})")
     if "bernoulli" not in law:
         masked = (want.noisy_ids == MASK_ID) & redraw.args[2][:, None]
-        assert torch.equal(masked.sum(-1), want.masked)
+        assert torch.equal(masked.sum(-1), want.count)
 
 
 @pytest.mark.parametrize("law", LAWS)

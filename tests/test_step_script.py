@@ -451,6 +451,29 @@ def test_main_job_starts_a_process_ahead_for_cuda(tmp_path: Path) -> None:
     assert last is not None and last.poll() is not None
 
 
+def test_main_job_measures_both_ends_first_under_a_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from _memory_vs_mc import sweep
+    from _memory_vs_mc.options import parse
+
+    monkeypatch.setattr(sweep, "compare_gradients", lambda *_: None)
+    monkeypatch.setattr(sweep.Launcher, "__enter__", lambda self: self)
+    order: list[int] = []
+
+    def run_point(_: Any, spec: dict[str, Any], __: Path) -> Any:
+        order.append(spec["n_mc"])
+        return sweep.Point("exact", spec["n_mc"], sweep.OK if spec["n_mc"] < 4 else sweep.OUT_OF_MEMORY)
+
+    monkeypatch.setattr(sweep, "run_point", run_point)
+    tokens = SimpleNamespace(save=lambda _: None, mask_token_id=0)
+    for limit, expected in ((["--seconds", "1000"], [1, 16, 2, 4]), ([], [1, 2, 4])):
+        order.clear()
+        chosen = parse(["--n-mc", "1,2,4,8,16", "--methods", "exact", *limit])
+        points = sweep.sweep(chosen, tokens, tmp_path, lambda _: None)  # type: ignore[arg-type]
+        assert order == expected and [point.n_mc for point in points] == [1, 2, 4, 8, 16]
+        assert points[3].status == "skipped" and points[3].message == "a smaller n_mc ran out of memory"
+    assert sweep.ends_first([3]) == [3] and sweep.ends_first([3, 5]) == [3, 5]
+
+
 def test_main_job_out_of_time_skips_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from _memory_vs_mc import sweep
     from _memory_vs_mc.options import parse
@@ -474,7 +497,7 @@ def test_main_job_out_of_time_skips_the_rest(tmp_path: Path, monkeypatch: pytest
         ("failed", ""),
         ("ok", ""),
         ("skipped", "no time left"),
-        ("skipped", "a smaller n_mc failed"),
+        ("skipped", "it failed before"),
         ("skipped", "no time left"),
     ]
     assert largest_fitting(points) == {"exact": (1, False), "bgpo": (0, False), "plain": (1, False)}

@@ -52,6 +52,27 @@ def test_seed_words_are_the_bits_of_the_seed_as_int32(seed: int) -> None:
     assert (high & 0xFFFFFFFF) << 32 | (low & 0xFFFFFFFF) == seed
 
 
+@triton.jit
+def _look_back_kernel(state, segment, before):
+    tl.store(before, triton_kernels._sum_before(state, tl.load(segment)))
+
+
+@pytest.mark.parametrize("every", [None, 1, 2, 7, 31, 32, 33, 64, 70])
+def test_a_segment_adds_up_all_before_it(every: int | None) -> None:
+    """Predecessors that know their own count or, each ``every``-th, the sum up to themselves."""
+    for segment in (0, 1, 2, 31, 32, 33, 63, 64, 65, 66, 97, 200):
+        counts = torch.arange(segment) + 3
+        sums = counts.cumsum(0)
+        words = counts << 2 | 1
+        if every is not None:
+            words[::every] = (sums << 2 | 2)[::every]
+        beyond = torch.full((2,), -1)  # the ticket before, this segment's own word behind: never to be read
+        state = torch.cat((beyond[:1], words, beyond[1:])).to(DEVICE)
+        before = torch.empty(1, dtype=torch.int64, device=DEVICE)
+        _look_back_kernel[(1,)](state, torch.tensor([segment], device=DEVICE), before)
+        assert before.item() == int(counts.sum())
+
+
 def make_batch(lengths: list[int], tokens: int) -> tuple[Tensor, Tensor]:
     """Random ids, and responses of the given lengths scattered over the row."""
     input_ids = torch.randint(0, MASK_ID, (len(lengths), tokens))

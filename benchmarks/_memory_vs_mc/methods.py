@@ -33,11 +33,12 @@ class Batch:
     mask_token_id: int
     n_mc: int
     seed: int
+    scheme: str = "exact"
 
     @property
     def drawing(self) -> dict[str, Any]:
         """The options that every method draws its masks with."""
-        return {"n_mc": self.n_mc, "seed": self.seed, "mask_token_id": self.mask_token_id}
+        return {"n_mc": self.n_mc, "seed": self.seed, "scheme": self.scheme, "mask_token_id": self.mask_token_id}
 
 
 def _sample_logprobs(model: nn.Module, batch: Batch) -> list[list[Callable[[], Tensor]]]:

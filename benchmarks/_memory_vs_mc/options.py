@@ -45,6 +45,7 @@ class Options:
     dtype: str
     device: str
     seed: int
+    seconds: float | None
     memory_budget: int | None
     workspace: int | None
     plot: Path | None
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         "--memory-budget", metavar="SIZE", help="memory one process may hold, as 4GiB [CPU 4GiB; GPU all]"
     )
     what.add_argument("--workspace", metavar="SIZE", help="workspace of bgpo_kernels [CPU 16MiB; GPU its own default]")
+    what.add_argument("--seconds", type=float, help="begin no point after this long [no limit]")
     what.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N [%(default)s]")
     what.add_argument("--dtype", choices=DTYPES, help="dtype of weights and activations [CPU float32; GPU bfloat16]")
     what.add_argument("--seed", type=int, default=0, help="seeds problems, candidates, weights, masks [%(default)s]")
@@ -108,6 +110,8 @@ def _checked(given: argparse.Namespace) -> Options:
             raise ValueError(f"--memory-budget: {given.memory_budget} exceeds the device's {readable(total)}")
     if given.sequences < 1 or given.response_tokens < 1:
         raise ValueError("--sequences and --response-tokens must be at least 1")
+    if given.seconds is not None and not given.seconds > 0:
+        raise ValueError(f"--seconds must be positive, got {given.seconds}")
     if not 0 <= given.seed < 2**63:
         raise ValueError(f"--seed must lie in 0..2^63-1, got {given.seed}")
     if given.data is not None and not given.data.is_file():
@@ -133,6 +137,7 @@ def _checked(given: argparse.Namespace) -> Options:
         dtype=given.dtype or ("float32" if device.type == "cpu" else "bfloat16"),
         device=str(device),
         seed=given.seed,
+        seconds=given.seconds,
         memory_budget=budget,
         workspace=workspace,
         plot=plot,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.table import Table
 from _memory_vs_mc.data import Tokens
 from _memory_vs_mc.methods import METHODS
 from _memory_vs_mc.options import Options
-from _memory_vs_mc.sweep import OK, Point
+from _memory_vs_mc.sweep import OK, OUT_OF_MEMORY, Point
 
 AGREEMENT = ("reference", "cosine", "relative_max", "relative_l2")
 
@@ -27,7 +28,8 @@ def largest_fitting(points: Sequence[Point]) -> dict[str, tuple[int, bool]]:
     fits: dict[str, tuple[int, bool]] = {}
     for point in points:
         largest, bounded = fits.get(point.method, (0, False))
-        fits[point.method] = (max(largest, point.n_mc), bounded) if point.status == OK else (largest, True)
+        largest = max(largest, point.n_mc) if point.status == OK else largest
+        fits[point.method] = (largest, bounded or point.status == OUT_OF_MEMORY)
     return fits
 
 
@@ -138,7 +140,9 @@ def write_json(path: Path, points: Sequence[Point], tokens: Tokens, options: Opt
         "largest_fitting": {method: largest for method, (largest, _) in largest_fitting(points).items()},
         "points": [point.record() for point in points],
     }
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(aside, path)
 
 
 def write_csv(path: Path, points: Sequence[Point], tokens: Tokens) -> None:

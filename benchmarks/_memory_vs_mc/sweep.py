@@ -1,16 +1,20 @@
 """The sweep: every method at every n_mc in a fresh process, and the gradients compared with the exact objective's.
 
-A method that ran out of memory is not tried at a larger n_mc: no method needs less memory for more samples.
+A method that ran out of memory is not tried at a larger n_mc: no method needs less memory for more samples. One that
+failed otherwise is not tried again at all, and the other methods go on. Under a time limit the least n_mc and the most
+come first, since the comparison needs both ends.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -20,10 +24,9 @@ import numpy as np
 from _measure import child_environment
 
 from _memory_vs_mc.data import Tokens
-from _memory_vs_mc.methods import METHODS
 from _memory_vs_mc.options import Options
 
-OK, OUT_OF_MEMORY, SKIPPED = "ok", "out of memory", "skipped"
+OK, OUT_OF_MEMORY, FAILED, SKIPPED = "ok", "out of memory", "failed", "skipped"
 # What a C++ library prints before it aborts because an allocation failed.
 _ALLOCATION_FAILED = (
     "bad_alloc",
@@ -69,29 +72,43 @@ class Point:
 
 
 class PointFailed(RuntimeError):
-    """A measuring process ended with an error that is not a lack of memory."""
+    """No measuring process can start."""
 
 
 def sweep(options: Options, tokens: Tokens, workdir: Path, report: Callable[[Point], None]) -> list[Point]:
-    """Measure all points, smallest n_mc first, calling `report` after each; PointFailed carries a process's error."""
+    """All points, by n_mc, `report` called after each; a point that failed carries its error.
+
+    Raises PointFailed when no measuring process can start.
+    """
+    end = time.monotonic() + (math.inf if options.seconds is None else options.seconds)
     tokens.save(workdir / "tokens.npz")
     points: list[Point] = []
-    exhausted: set[str] = set()
+    exhausted: dict[str, tuple[int, str]] = {}  # per method: from which n_mc on it is not tried, and why
     with Launcher(options.device) as launcher:
-        for n_mc in options.n_mc:
+        for n_mc in options.n_mc if options.seconds is None else ends_first(options.n_mc):
             row = []
             for method in options.methods:
-                if method in exhausted:
-                    point = Point(method, n_mc, SKIPPED, "a smaller n_mc ran out of memory")
+                limit, why = exhausted.get(method, (math.inf, ""))
+                if n_mc >= limit:
+                    point = Point(method, n_mc, SKIPPED, why)
+                elif time.monotonic() > end:
+                    point = Point(method, n_mc, SKIPPED, "no time left")
                 else:
                     point = run_point(launcher, _spec(options, tokens, method, n_mc, workdir), workdir)
                 if point.status == OUT_OF_MEMORY:
-                    exhausted.add(method)
+                    exhausted[method] = n_mc, "a smaller n_mc ran out of memory"
+                elif point.status == FAILED:
+                    exhausted[method] = 0, "it failed before"
                 row.append(point)
                 report(point)
             compare_gradients(row, workdir)
             points += row
-    return points
+    return sorted(points, key=lambda point: point.n_mc)
+
+
+def ends_first(counts: Sequence[int]) -> list[int]:
+    """Sorted counts with the last one moved to the second place."""
+    return [*counts[:1], *counts[1:][-1:], *counts[1:-1]]
 
 
 def _spec(options: Options, tokens: Tokens, method: str, n_mc: int, workdir: Path) -> dict[str, Any]:
@@ -115,32 +132,51 @@ def _spec(options: Options, tokens: Tokens, method: str, n_mc: int, workdir: Pat
 
 
 class Launcher:
-    """Runs points, each in a process of its own: forked from a server on a CPU, started from nothing for CUDA."""
+    """Runs points, each in a process of its own: forked from a server on a CPU, started from nothing for CUDA.
+
+    The next process for CUDA imports the libraries while a point runs. It does not touch the GPU before its turn.
+    """
 
     command = (sys.executable, "-m", "_memory_vs_mc.point")
 
     def __init__(self, device: str) -> None:
         self._forks = device == "cpu" and hasattr(os, "fork")
         self._server: subprocess.Popen[str] | None = None
+        self._next: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Launcher:
         if self._forks:
             self._server = subprocess.Popen(
                 self.command, env=child_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
+        else:
+            self._next = self._waiting()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._server is not None:
             self._server.communicate()  # closes its stdin, which ends it
+        if self._next is not None:
+            self._next.kill()
+            self._next.communicate()
+
+    def _waiting(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*self.command, "--wait"],
+            env=child_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def run(self, spec_path: Path) -> tuple[int, str]:
         """Exit status (negative: the signal) and stderr of the process that ran the point."""
-        if self._server is None or self._server.stdin is None or self._server.stdout is None:
-            done = subprocess.run(
-                [*self.command, str(spec_path)], env=child_environment(), capture_output=True, text=True, check=False
-            )
-            return done.returncode, done.stderr
+        if self._next is not None:
+            process, self._next = self._next, self._waiting()
+            _, errors = process.communicate(f"{spec_path}\n")
+            return process.returncode, errors
+        assert self._server is not None and self._server.stdin is not None and self._server.stdout is not None
         try:
             self._server.stdin.write(f"{spec_path}\n")
             self._server.stdin.flush()
@@ -165,7 +201,7 @@ def run_point(launcher: Launcher, spec: dict[str, Any], workdir: Path) -> Point:
         return Point(method, n_mc, OUT_OF_MEMORY, "killed by the system, as it does when memory runs out")
     if any(sign in stderr for sign in _ALLOCATION_FAILED):
         return Point(method, n_mc, OUT_OF_MEMORY, "a library failed to allocate")
-    raise PointFailed(f"{METHODS[method].title} at n_mc = {n_mc} failed:\n{stderr.strip() or f'exit status {status}'}")
+    return Point(method, n_mc, FAILED, stderr.strip() or f"exit status {status}")
 
 
 def _gradient_file(workdir: Path, method: str) -> Path:

@@ -18,9 +18,13 @@ def input_facts(
     input_ids: Tensor, response_mask: Tensor, prompt_mask: Tensor | None, sample_ids: Tensor | None, mask_token_id: int
 ) -> Facts:
     """As ``reference.input_facts``."""
-    keep = dense(input_ids, torch.int64), dense(response_mask, torch.bool), dense(prompt_mask, torch.bool)
-    lengths, *numbers = _cpu.input_facts(*map(address, keep), *input_ids.shape, mask_token_id)
-    return Facts(lengths, list(range(len(lengths))) if sample_ids is None else sample_ids.tolist(), *numbers)
+    keep = [
+        dense(input_ids, torch.int64),
+        dense(response_mask, torch.bool),
+        dense(prompt_mask, torch.bool),
+        dense(sample_ids, torch.int64),
+    ]
+    return Facts(*_cpu.input_facts(*map(address, keep), *input_ids.shape, mask_token_id))
 
 
 def draw_counts(lengths: Tensor, sample_ids: Tensor, spec: DrawSpec) -> Counts:

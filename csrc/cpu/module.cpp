@@ -89,19 +89,22 @@ void advise_huge_pages(uintptr_t address, size_t bytes) {
 #endif
 }
 
-// (lengths, lowest id, highest id, largest id of a response, mask token held, prompt and response overlap)
-py::tuple call_input_facts(uintptr_t ids, uintptr_t response, uintptr_t prompt, int64_t batch, int64_t tokens,
-                       int64_t mask_token_id) {
+// (lengths, sample ids, lowest id, highest id, largest id of a response, mask token held, prompt and response overlap)
+py::tuple call_input_facts(uintptr_t ids, uintptr_t response, uintptr_t prompt, uintptr_t sample_ids, int64_t batch,
+                           int64_t tokens, int64_t mask_token_id) {
     std::vector<int64_t> lengths(batch);
     Facts f;
     {
         const py::gil_scoped_release release;
         f = active->input_facts(pointer<const int64_t>(ids), pointer<const uint8_t>(response),
-                            pointer<const uint8_t>(prompt), batch, tokens, mask_token_id, lengths.data());
+                                pointer<const uint8_t>(prompt), batch, tokens, mask_token_id, lengths.data());
     }
-    py::list found(batch);
-    for (int64_t b = 0; b < batch; ++b) found[b] = lengths[b];
-    return py::make_tuple(found, f.lowest, f.highest, f.largest_response, f.held, f.overlap);
+    py::list found(batch), samples(batch);
+    for (int64_t b = 0; b < batch; ++b) {
+        found[b] = lengths[b];
+        samples[b] = sample_ids ? pointer<const int64_t>(sample_ids)[b] : b;
+    }
+    return py::make_tuple(found, samples, f.lowest, f.highest, f.largest_response, f.held, f.overlap);
 }
 
 py::tuple philox_words(uint32_t x, uint32_t y, uint32_t z, uint32_t w, uint64_t seed) {

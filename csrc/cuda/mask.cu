@@ -190,10 +190,11 @@ __device__ void publish(uint64_t* state, int64_t s, int64_t number, Known known)
 }
 
 __device__ int64_t take_ticket(uint64_t* state) {
-    __shared__ int64_t ticket;
-    if (threadIdx.x == 0) ticket = static_cast<int64_t>(atomicAdd(reinterpret_cast<unsigned long long*>(state), 1ull));
+    __shared__ int64_t mine;
+    auto& ticket = *reinterpret_cast<unsigned long long*>(state);
+    if (threadIdx.x == 0) mine = static_cast<int64_t>(atomicAdd(&ticket, 1ull));
     __syncthreads();
-    return ticket;
+    return mine;
 }
 
 // Sum of the counts of all segments before s. Lane i of warp 0 looks at segment s - 1 - i; then 32 further back.

@@ -57,6 +57,14 @@ def build(cache: Path) -> Path:
     return library
 
 
+def program(source: Path, folder: Path) -> Path:
+    """A C++ test that includes kernels' sources, compiled for the CPU."""
+    output = folder / source.stem
+    command = ["g++", "-x", "c++", *FLAGS, *SANITIZE, f"-I{HERE}", f"-I{source.parent}", str(source), "-o", str(output)]
+    subprocess.run(command, check=True)
+    return output
+
+
 def _load(library: Path) -> ModuleType:
     loader = importlib.machinery.ExtensionFileLoader("bgpo_kernels._cuda", str(library))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))

@@ -6,6 +6,10 @@
 // part in a warp exchange, a barrier that not all running threads reach aborts, and under UBSan so does a misaligned
 // vector access.
 //
+// CUDA_EMULATOR_RESIDENT = 5 keeps so many blocks of a launch going at once, a step of a random one at a time, each with
+// its shared memory: what blocks tell one another through global memory is then seen at any stage, and a block that waits
+// for another really waits. Default 1: one block after the other.
+//
 // Not modelled: speed, register and memory limits, memory ordering, the device's own exp, log and tanh.
 #pragma once
 
@@ -28,7 +32,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static
+#define __shared__ static __attribute__((section("emulated_shared")))
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define CUDART_VERSION 0
@@ -42,9 +46,14 @@ struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
 
+// All shared variables of the kernels lie here, one after the other.
+extern "C" char __start_emulated_shared[] __attribute__((visibility("hidden")));
+extern "C" char __stop_emulated_shared[] __attribute__((visibility("hidden")));
+
 namespace cuda_emulator {
 
 constexpr int kWarp = 32;
+constexpr long kMostSteps = 1000000;  // of a launch whose blocks run side by side
 constexpr size_t kStack = 256 << 10;
 
 enum class Wait { kNothing, kWarp, kBlock, kFinished };
@@ -72,7 +81,8 @@ public:
         shuffled_ = order && !std::strcmp(order, "shuffled");
     }
 
-    void run(const std::function<void()>& body);
+    void start(const std::function<void()>& body);
+    bool step();  // every thread up to its next barrier; whether some thread still runs
 
     void wait(Wait what) {
         Fiber& self = fibers_[current_];
@@ -108,6 +118,7 @@ private:
     unsigned current_ = 0;
     jmp_buf scheduler_;
     const std::function<void()>* body_ = nullptr;
+    std::vector<char> shared_;  // while another block runs
 };
 
 inline Block* block = nullptr;
@@ -139,9 +150,9 @@ inline bool Block::release(size_t begin, size_t end, Wait barrier) {
     return true;
 }
 
-inline void Block::run(const std::function<void()>& body) {
-    block = this;
+inline void Block::start(const std::function<void()>& body) {
     body_ = &body;
+    shared_.assign(__start_emulated_shared, __stop_emulated_shared);
     for (unsigned i = 0; i < fibers_.size(); ++i) {
         Fiber& fiber = fibers_[i];
         fiber.thread = dim3(i, 0, 0);
@@ -151,19 +162,42 @@ inline void Block::run(const std::function<void()>& body) {
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, &Block::enter, 0);
     }
-    while (true) {
-        if (shuffled_) std::shuffle(order_.begin(), order_.end(), random_);
-        for (unsigned i : order_)
-            if (fibers_[i].wait == Wait::kNothing) resume(i);
-        bool released = false, running = false;
-        for (size_t w = 0; w < fibers_.size(); w += kWarp)
-            released |= release(w, std::min(w + kWarp, fibers_.size()), Wait::kWarp);
-        released |= release(0, fibers_.size(), Wait::kBlock);
-        for (const Fiber& fiber : fibers_) running |= fiber.wait != Wait::kFinished;
-        if (!running) break;
-        if (!released) fail("threads wait at different barriers");
-    }
+}
+
+inline bool Block::step() {
+    block = this;
+    std::copy(shared_.begin(), shared_.end(), __start_emulated_shared);
+    if (shuffled_) std::shuffle(order_.begin(), order_.end(), random_);
+    for (unsigned i : order_)
+        if (fibers_[i].wait == Wait::kNothing) resume(i);
+    bool released = false, running = false;
+    for (size_t w = 0; w < fibers_.size(); w += kWarp)
+        released |= release(w, std::min(w + kWarp, fibers_.size()), Wait::kWarp);
+    released |= release(0, fibers_.size(), Wait::kBlock);
+    for (const Fiber& fiber : fibers_) running |= fiber.wait != Wait::kFinished;
+    if (running && !released) fail("threads wait at different barriers");
+    shared_.assign(__start_emulated_shared, __stop_emulated_shared);
     block = nullptr;
+    return running;
+}
+
+// Blocks 0, 1, ... of a grid, so many at once as the environment says.
+inline void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& body) {
+    const char* resident = std::getenv("CUDA_EMULATOR_RESIDENT");
+    const size_t most = resident ? std::strtoul(resident, nullptr, 10) : 1;
+    std::mt19937 random{blocks};
+    std::vector<std::unique_ptr<Block>> running;
+    unsigned next = 0;
+    for (long steps = 0; next < blocks || !running.empty(); ++steps) {
+        while (next < blocks && running.size() < most) {
+            running.push_back(std::make_unique<Block>(threads, next++));
+            running.back()->start(body);
+        }
+        // Rather a later block, so that it overtakes those that it waits for.
+        const size_t chosen = std::max({random() % running.size(), random() % running.size(), random() % running.size()});
+        if (!running[chosen]->step()) running.erase(running.begin() + static_cast<long>(chosen));
+        if (most > 1 && steps > kMostSteps) fail("blocks wait for one another for ever");
+    }
 }
 
 struct Index {
@@ -242,7 +276,6 @@ inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSucce
 
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args... args) {
-    for (unsigned i = 0; i < config->gridDim.x; ++i)
-        cuda_emulator::Block(config->blockDim.x, i).run([&] { kernel(args...); });
+    cuda_emulator::run_grid(config->gridDim.x, config->blockDim.x, [&] { kernel(args...); });
     return cudaSuccess;
 }
