@@ -54,6 +54,16 @@ def runs_in_panels(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+@cache
+def _addmm_accumulates_wide() -> bool:
+    """torch >= 2.10: ``addmm`` of 16-bit inputs adds to an fp32 tensor (pytorch PR 167931; an error before)."""
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
+
+
+#: Rows of dW that are added at once where ``addmm`` cannot: a bounded temporary, 128 MiB at H = 4096.
+SLICE_ROWS = 8192
+
+
 @dataclass(frozen=True)
 class Head:
     """A head problem: N rows of ``hidden`` against the vocabulary. Tensors are detached: no autograd here."""
@@ -154,8 +164,11 @@ class Gradients:
                 self.weight.copy_(torch.mm(dlogits.T, x))
         elif self.weight.dtype == dlogits.dtype:
             self.weight.addmm_(dlogits.T, x)
-        elif head.wide_output:
+        elif head.wide_output and _addmm_accumulates_wide():
             torch.addmm(self.weight, dlogits.T, x, out_dtype=self.weight.dtype, out=self.weight)
+        elif head.wide_output:
+            for part, of in zip(self.weight.split(SLICE_ROWS), dlogits.T.split(SLICE_ROWS), strict=True):
+                part.add_(torch.mm(of, x, out_dtype=part.dtype))
         else:
             self.weight.add_(torch.mm(dlogits.T, x))
 
