@@ -8,7 +8,7 @@ Nothing overlaps in it, except that a GEMM's own operands come for free; so it s
     statistics per chunk of C rows         4 C V bytes                             fp32 logits read
     dlogits                                6 C V bytes                             read, and written as bf16
     dX                                     2 C H V FLOPs
-    dW         (trained head only)         2 C H V FLOPs, 8 V H bytes              fp32 sum read and written (4 at first)
+    dW         (trained head only)         2 C H V FLOPs, 8 V H bytes              fp32 sum read, written (4 at first)
 
 Chunks hold what the workspace holds in whole panels. `fraction` is the time of the bare GEMMs over all rows, without
 padding, over the predicted time.
