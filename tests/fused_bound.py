@@ -39,7 +39,8 @@ class Case(NamedTuple):
         """Statistics and the kernel on one backend's module; rows are 16-byte aligned, and ragged ones too."""
         acc = torch.float64 if logits == torch.float64 else torch.float32
         rows, vocab = self.logits.shape
-        chunk = torch.empty(rows, vocab + (-vocab) % 8, dtype=logits, device=device)[:, :vocab].copy_(self.logits)
+        padded = torch.full((rows, vocab + (-vocab) % 8), torch.nan, dtype=logits, device=device)
+        chunk = padded[:, :vocab].copy_(self.logits)
         targets, stats = self.targets.to(device), torch.empty(4, rows + 3, dtype=acc, device=device)[:, 2 : rows + 2]
         head.row_statistics(chunk, targets, None, self.transform, stats, False)
         old, length = (None if t is None else t.to(device) for t in (self.old, self.length))

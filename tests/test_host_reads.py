@@ -10,23 +10,29 @@ from typing import Any
 import cuda_emulator
 import pytest
 import torch
-from head_cases import ENGINES, interpreted, make_draw
+from head_cases import interpreted, make_draw
 from host_reads import HostRead, forbid_host_reads
 from models_zoo import MASK, Plain, make_batch, untouchable
 from torch import Tensor, nn
 
 import bgpo_kernels as bk
-from bgpo_kernels.backends import engine
+from bgpo_kernels.backends import engine, why_not
 from bgpo_kernels.bound import ops as bound_ops
 from bgpo_kernels.bound import segments as bound_segments
 from bgpo_kernels.estimators.micro_batch import MicroBatches
 from bgpo_kernels.head import engine as head_engine
-from bgpo_kernels.head import ops
 from bgpo_kernels.masks import ops as mask_ops
 from bgpo_kernels.workspace import MIN_BYTES
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy inside Triton's interpreter
-KERNELS = [p for p in ENGINES if p.values[0] != "reference"]  # the references read sizes: they are no hot path
+
+
+def _on_the_cpu(name: str):
+    reason = why_not(name, torch.device("cpu"))
+    return pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
+
+
+KERNELS = [_on_the_cpu("cpu"), _on_the_cpu("triton")]  # the references read sizes: they are no hot path
 
 # ------------------------------------------------------------------------------------------------ the finder
 
@@ -123,80 +129,54 @@ def test_tensors_declared_to_be_on_the_host() -> None:
 # ------------------------------------------------------------------------------------------------ the head
 
 
-def head_paths(backend: str) -> dict[str, Callable[[], object]]:
-    """Everything that a step asks of the engine: several chunks, a segment above the capacity, on- and off-policy."""
-    vocab, width, transform = MIN_BYTES // 12, 8, (1.0, 5.0, 0.9)  # chunks of 3 rows; scale, softcap, temperature
-    draw = make_draw([[3, 0, 2], [5, 1, 1]], vocab=vocab)
-    places = (draw.rows, draw.targets)
-    inputs = torch.randn(draw.noisy_ids.numel(), width), torch.randn(vocab, width), torch.randn(vocab)
-    advantages, length, old = torch.tensor([1.0, -0.5]), torch.tensor([7.0, 9.0]), torch.full((2, 3), -4.0)
-    segments = (draw.segment_offsets, list(draw.host_offsets), draw.segment_weight)
-
-    def two_phases() -> None:
-        stats = ops.head_statistics(*inputs, *places, *transform, True, backend)
-        ops.head_statistics_backward(stats, stats, *inputs, *places, *transform, True, backend, True, True, True)
-
-    def one_pass(old: Tensor | None) -> None:
-        ops.head_loss(*inputs, *places, *segments, advantages, old, length, 0.2, 0.2, 3.0, 2.0, *transform, backend,
-                      True, True, True)  # fmt: skip
-
-    return {"two phases": two_phases, "on-policy": lambda: one_pass(None), "off-policy": lambda: one_pass(old)}
-
-
-@pytest.mark.parametrize("path", ["two phases", "on-policy", "off-policy"])
-@pytest.mark.parametrize("backend", KERNELS)
-def test_the_head_reads_nothing(backend: str, path: str) -> None:
+def head_calls(backend: str) -> dict[str, Callable[[], object]]:
+    """Forward and backward with every optional tensor; several chunks, and a segment larger than one."""
+    vocab, options = MIN_BYTES // 12, {"softcap": 5.0, "temperature": 0.9, "backend": backend}  # chunks of 3 rows
     bk.set_workspace_bytes(MIN_BYTES)
-    run = head_paths(backend)[path]
-    run()  # lazy imports and compilation may read
-    with forbid_host_reads():
-        run()
-
-
-@pytest.mark.parametrize("path", ["two phases", "on-policy", "off-policy"])
-def test_a_read_in_a_row_kernel_is_found(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = engine("head", "cpu")
-    plain = kernels.row_statistics
-    monkeypatch.setattr(kernels, "row_statistics", lambda logits, *rest: [logits.sum().item(), plain(logits, *rest)])
-    run = head_paths("cpu")[path]
-    run()
-    with forbid_host_reads(), pytest.raises(HostRead, match=__file__):
-        run()
-
-
-def public_calls(backend: str) -> dict[str, Callable[[], object]]:
-    """Forward and backward of the two calls on a head, with every optional tensor."""
-    vocab = 67
     draw = make_draw([[3, 0, 2], [5, 1, 1]], vocab=vocab)
-    leaves = [x.requires_grad_() for x in (torch.randn(draw.noisy_ids.numel(), 8), torch.randn(vocab, 8))]
-    bias = torch.randn(vocab, requires_grad=True)
-    advantages, length, old = torch.tensor([1.0, -0.5]), torch.tensor([7.0, 9.0]), torch.full((2, 3), -4.0)
+    leaves = [torch.randn(*shape, requires_grad=True) for shape in ((draw.noisy_ids.numel(), 8), (vocab, 8), (vocab,))]
+    options["bias"] = leaves.pop()
+    advantages, length, old = torch.tensor([1.0, -0.5]), torch.tensor([7.0, 9.0]), torch.full((2, 3), -20.0)
 
     def logprob() -> None:
-        pair = bk.masked_logprob(*leaves, draw.targets, rows=draw.rows, bias=bias, return_entropy=True, backend=backend)
-        (draw.reduce(pair[0]).sum() + pair[1].sum()).backward()
+        logp, entropy = bk.masked_logprob(*leaves, draw.targets, rows=draw.rows, return_entropy=True, **options)
+        (draw.reduce(logp).sum() + entropy.sum()).backward()
 
-    def loss() -> None:
-        bk.bgpo_head_loss(
-            *leaves, draw, advantages, bias=bias, old_logprob=old, length=length, clip_range=0.2, backend=backend
-        )[0].backward()
+    def loss(old: Tensor | None) -> None:
+        more = {"old_logprob": old, "length": length, "clip_range": 0.2, "dual_clip": 3.0}
+        bk.bgpo_head_loss(*leaves, draw, advantages, **options, **more)[0].backward()
 
-    return {"masked_logprob": logprob, "bgpo_head_loss": loss}
+    return {"log-prob": logprob, "on-policy": lambda: loss(None), "off-policy": lambda: loss(old)}
 
 
-@pytest.mark.parametrize("call", ["masked_logprob", "bgpo_head_loss"])
+every_head_call = pytest.mark.parametrize("call", ["log-prob", "on-policy", "off-policy"])
+
+
+@every_head_call
 @pytest.mark.parametrize("backend", KERNELS)
-def test_public_calls_read_nothing_without_their_checks(backend: str, call: str) -> None:
-    run = public_calls(backend)[call]
-    run()
+def test_the_head_reads_nothing(backend: str, call: str) -> None:
+    run = head_calls(backend)[call]
+    run()  # lazy imports and compilation may read
     with bk.check_values(False), forbid_host_reads():
         run()
 
 
-@pytest.mark.parametrize("call", ["masked_logprob", "bgpo_head_loss"])
+@pytest.mark.parametrize("kernel", ["row_statistics", "dlogits_"])
+@every_head_call
+def test_a_read_in_a_row_kernel_is_found(call: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = engine("head", "cpu")
+    plain = getattr(kernels, kernel)
+    monkeypatch.setattr(kernels, kernel, lambda logits, *rest: [logits.sum().item(), plain(logits, *rest)][1])
+    run = head_calls("cpu")[call]
+    run()
+    with bk.check_values(False), forbid_host_reads(), pytest.raises(HostRead, match=__file__):
+        run()
+
+
+@every_head_call
 def test_the_checks_do_read(call: str) -> None:
-    """So the test above would see a check that is not switched off."""
-    run = public_calls("cpu")[call]
+    """So the first test would see a check that is not switched off."""
+    run = head_calls("cpu")[call]
     with forbid_host_reads(), pytest.raises(HostRead, match=r"validation\.py"):
         run()
 
