@@ -1,4 +1,4 @@
-"""Cases for the kernel that makes dlogits from the bound: a chunk out of the middle of a batch, against the reference."""
+"""Cases for the kernel that makes dlogits from the bound: a chunk from the middle of a batch, against the reference."""
 
 from __future__ import annotations
 
