@@ -172,7 +172,7 @@ def test_many_blocks_written_over_their_own_logits(
     monkeypatch: pytest.MonkeyPatch, out_dtype: torch.dtype, padding: int
 ) -> None:
     """Eleven blocks: narrow stores reach far into blocks that were read long before."""
-    monkeypatch.setitem(triton_kernels.TILES, 4, triton_kernels.RowTile(64, 1))
+    monkeypatch.setitem(triton_kernels.BLOCKS, 4, 64)
     assert_good(make_chunk(64 * 10 + 7, padding=padding), PLAIN, out_dtype)
 
 
