@@ -36,8 +36,8 @@ from .schedule import DrawSpec
 
 __all__ = ["draw", "input_facts"]
 
-MAX_BLOCK = 1024  # tokens per program and pass: 4 keys in flight per thread of 8 warps
-MAX_REGISTERS = 80  # three programs on a multiprocessor; left to itself ptxas aims at 64 in one variant, and spills
+MAX_BLOCK = 512  # tokens per program and pass: 4 keys in flight per thread of 4 warps
+MAX_REGISTERS = 96  # five programs on a multiprocessor; left to itself ptxas aims at 64 in one variant, and spills
 LOOK_BACK = tl.constexpr(32)  # predecessors looked at together
 COUNT, SUM = tl.constexpr(1), tl.constexpr(2)  # low bits of a scan word: what the number above them is; 0: unknown yet
 
