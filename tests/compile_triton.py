@@ -4,9 +4,9 @@
 
 Run by ``test_triton_compile.py`` in processes of its own, where Triton's interpreter is off. The backend functions are
 called on CPU tensors with a driver that names a GPU and a launch that stops after compilation, so that signature,
-divisibility hints, options and tiles are those of a real call. The first line lists the package's kernels; then comes one
-object per launch. Launches of one compiled kernel share its number ``compiled``. A case with a ``change`` is the case of
-the same name with what a caller may change from step to step, and must compile nothing; only sm_90 has them.
+divisibility hints, options and tiles are those of a real call. The first line lists the package's kernels; then comes
+one object per launch. Launches of one compiled kernel share its number ``compiled``. A case with a ``change`` is the
+case of the same name with what a caller may change from step to step, which must compile nothing; only sm_90 has them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,10 +116,10 @@ def divisible_arguments(launch: Launch) -> tuple[list[str], list[str]]:
     """The arguments left in the compiled kernel, and those of them that the compiler was told are multiples of 16."""
     ttir = launch.compiled.asm["ttir"]
     header = ttir[ttir.index("tt.func public") :].partition(" attributes ")[0]
-    hints = re.split(r"%\w+: ", header)[1:]
-    left = [p.name for p in launch.kernel.params if not p.is_constexpr and launch.arguments[p.name] is not None]
-    assert len(left) == len(hints), f"{launch.kernel.fn.__name__}: {left} against {header}"
-    return left, [name for name, hint in zip(left, hints, strict=True) if "tt.divisibility = 16" in hint]
+    names, hints = re.findall(r"%(\w+): ", header), re.split(r"%\w+: ", header)[1:]
+    if "arg0" in names:  # older Triton numbers them
+        names = [p.name for p in launch.kernel.params if not p.is_constexpr and launch.arguments[p.name] is not None]
+    return names, [name for name, hint in zip(names, hints, strict=True) if "tt.divisibility = 16" in hint]
 
 
 def mask_cases() -> Iterator[Case]:
@@ -142,13 +143,17 @@ def mask_cases() -> Iterator[Case]:
 
     for variant, tokens, others in ("aligned", 1024, 2048), ("odd", 1025, 3001), ("one warp", 37, 61):
         for law in laws:
-            name = f"{law}, T = {tokens}"
-            yield Case(name, variant, lambda a=(law, tokens): draw(*a))
-            yield Case(name, variant, lambda a=(law, others): draw(*a), "another T")
-            yield Case(name, variant, lambda a=(law, tokens): draw(*a, mask_token_id=DREAM_MASK_ID), "Dream's mask id")
-            yield Case(name, variant, lambda a=(law, tokens): draw(*a, samples=2, shift=1), "shifted")
-            yield Case(name, variant, lambda a=(law, tokens): draw(*a, seed=2**64 - 1, n_mc=16), "other numbers")
-    yield Case("exact, T = 1024, no prompt", "aligned", lambda: draw("exact", 1024, prompt=False))
+            changes: dict[str, dict[str, Any]] = {
+                "": {},
+                "another T": {"tokens": others},
+                "Dream's mask id": {"mask_token_id": DREAM_MASK_ID},
+                "shifted": {"samples": 2, "shift": 1},
+                "other numbers": {"seed": 2**64 - 1, "n_mc": 16},
+            }
+            for change, arguments in changes.items():
+                call = partial(draw, **({"law": law, "tokens": tokens} | arguments))
+                yield Case(f"{law}, T = {tokens}", variant, call, change)
+    yield Case("exact, T = 1024, no prompt", "aligned", partial(draw, "exact", 1024, prompt=False))
 
 
 class Rows(NamedTuple):
@@ -176,15 +181,13 @@ def head_rows(vocab: int, dtype: torch.dtype, out: torch.dtype, options: Options
     bias = torch.zeros(vocab, dtype=acc) if options.extras else None
     head.row_statistics(logits, targets, bias, options.transform, stats, options.extras)
     head.dlogits_(logits, targets, bias, options.transform, stats, g, g if options.extras else None, out)
-    old = torch.zeros(chunk.columns, 1, dtype=acc) if options.extras else None  # off-policy, or on-policy
-    length = torch.ones(chunk.columns) if options.extras else None
-    law = SegmentBound(torch.zeros(chunk.columns, dtype=acc), old, length, options.clip, 4.0, (chunk.columns, 1), "triton")
-    offsets, weight = torch.arange(chunk.columns + 1), torch.ones(chunk.columns)
-    mine = RowSegments(
-        offsets[part.start :][: chunk.rows + 1], weight[part], part.start, part.stop, part.start, part.stop, law
-    )
-    sums = torch.zeros(chunk.columns, dtype=acc)[part]
-    head.bound_dlogits_(logits, targets, bias, options.transform, stats, mine, sums, out)
+    shape = (chunk.columns, 1)  # every row a segment, every segment a sequence
+    old, length = (torch.zeros(shape, dtype=acc), torch.ones(shape[0])) if options.extras else (None, None)
+    law = SegmentBound(torch.zeros(shape[0], dtype=acc), old, length, options.clip, 4.0, shape, "triton")
+    offsets, weight = torch.arange(shape[0] + 1)[part.start :][: chunk.rows + 1], torch.ones(shape[0])[part]
+    segments = RowSegments(offsets, weight, part.start, part.stop, part.start, part.stop, law)
+    sums = torch.zeros(shape[0], dtype=acc)[part]
+    head.bound_dlogits_(logits, targets, bias, options.transform, stats, segments, sums, out)
 
 
 def head_cases() -> Iterator[Case]:
@@ -205,12 +208,11 @@ def head_cases() -> Iterator[Case]:
         ("all options fp32 to bf16", "all options", 126464, f32, bf16, everything),
         ("all options fp64", "fp64", 126464, f64, f64, everything),
     ):
-        case = (vocab, dtype, out)
         changes = {change: (options, place) for change, place in places.items()}
         if options is everything:
             changes["annealed"] = (annealed, Rows())
         for change, arguments in changes.items():
-            call = lambda a=(*case, *arguments): head_rows(*a)  # noqa: E731
+            call = partial(head_rows, vocab, dtype, out, *arguments)
             yield Case(name, variant, call, change, dtype.itemsize, out.itemsize)
 
 
@@ -220,9 +222,9 @@ def bound_cases() -> Iterator[Case]:
 
     def both(dtype: torch.dtype, sequences: int, samples: int, clips: tuple) -> None:
         segments = sequences * samples
-        offsets, values, weight = torch.zeros(segments + 1, dtype=torch.int64), torch.zeros(99, dtype=dtype), torch.ones
-        bound.segment_sum(values, offsets, weight(segments))
-        logprob, per_sequence = torch.zeros(sequences, samples, dtype=dtype), weight(sequences)
+        offsets, logprob = torch.zeros(segments + 1, dtype=torch.int64), torch.zeros(sequences, samples, dtype=dtype)
+        bound.segment_sum(torch.zeros(99, dtype=dtype), offsets, torch.ones(segments))
+        per_sequence = torch.ones(sequences)
         bound.bound(logprob, per_sequence, logprob, per_sequence, *clips[0])
         bound.bound(logprob, per_sequence, None, None, *clips[1])
 
@@ -230,7 +232,7 @@ def bound_cases() -> Iterator[Case]:
         for change, arguments in {
             "": (8, 16, clips), "annealed": (8, 16, annealed), "C = 1": (1, 1, clips), "of 4096 rows": (256, 16, clips),
         }.items():  # fmt: skip
-            yield Case(name, name, lambda a=(dtype, *arguments): both(*a), change)
+            yield Case(name, name, partial(both, dtype, *arguments), change)
 
 
 def machine_code(cuobjdump: str, launch: Launch) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a compiled kernel is made of: SASS as instructions, its loops, its resources, and how many fit a multiprocessor."""
+"""What a compiled kernel is made of: its instructions, loops and resources, and how many fit a multiprocessor."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def main_loop(code: list[Instruction]) -> list[Instruction]:
 def resident(registers: int, threads: int, shared: int, arch: int = 90) -> int:
     """Blocks on a multiprocessor: the CUDA programming guide's limits for compute capability 8.0 or 9.0.
 
-    Warps live on one of four partitions, each with a quarter of 65536 registers and of 64 warps; registers are handed out
-    to a warp in units of 256 (8 a thread). A block takes 1 KiB of shared memory more than it asks for.
+    A warp lives on one of four partitions, each with a quarter of the 65536 registers and of the 64 warps, and takes
+    registers in units of 256 (8 a thread). A block takes shared memory in units of 128 bytes and 1 KiB on top.
     """
     total_shared = {80: 164, 90: 228}[arch] * 1024
     warps = -(-threads // 32)

@@ -4,96 +4,170 @@ machine with no nvcc or no driver so.
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from compile_cuda import ROOT, SOURCES, Kernel, compile_kernels, constant_of_setup, find_nvcc, written_kernels
+from machine_code import find_cuobjdump, is_local, main_loop, narrow, opcodes, resident, wide
 
-ROOT = Path(__file__).parent.parent
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-# Registers per thread: 65536 / (256 threads * CTAs wanted on a multiprocessor), a multiple of 8. Row kernels want five
-# CTAs in fp32 and four in fp64; the others, which are short, four.
-BUDGET, ROW_BUDGET = 64, 48
-ROW_KERNELS = {"row_statistics": {"LDG.E.128"}, "dlogits": {"LDG.E.128", "STG.E.128"}}
+ARCHS = [arch for arch in constant_of_setup("DEFAULT_ARCHS").split(";") if "+PTX" not in arch]
 
 
-def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    candidates = [f"{home}/bin/nvcc" if home else "", shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc"]
-    return next((c for c in candidates if c and Path(c).is_file()), None)
+class Budget(NamedTuple):
+    registers: int  # per thread
+    shared: int  # bytes
+    resident: int  # CTAs that both leave room for on a multiprocessor
 
 
-def find_cuobjdump(nvcc: str) -> str | None:
-    candidates = [str(Path(nvcc).parent / "cuobjdump"), shutil.which("cuobjdump") or ""]
-    try:
-        import triton
+# By kernel and bytes of what it computes in. Row kernels: kResident of rows.cuh; shared memory holds what 8 warps leave
+# for one another, 3 numbers each or an fp64 sum. The draw: kResident of mask.cu; a histogram of 256 counters, and a few
+# words a warp. The others are short.
+BUDGETS = {
+    ("row_statistics_kernel", 4): Budget(48, 8 * 3 * 4, 5),
+    ("row_statistics_kernel", 8): Budget(64, 8 * 3 * 8, 4),
+    ("dlogits_kernel", 4): Budget(48, 0, 5),
+    ("dlogits_kernel", 8): Budget(64, 0, 4),
+    ("bound_dlogits_kernel", 4): Budget(48, 8 * 8, 5),
+    ("bound_dlogits_kernel", 8): Budget(64, 8 * 8, 4),
+    ("draw_kernel", 0): Budget(64, 256 * 4 + 128, 4),
+    ("segment_sum_kernel", 4): Budget(40, 8 * 8, 6),
+    ("segment_sum_kernel", 8): Budget(40, 8 * 8, 6),
+    ("bound_kernel", 4): Budget(40, 0, 6),
+    ("bound_kernel", 8): Budget(40, 0, 6),
+}
+LEFT_TO_THE_COMPILER = {"segment_sum_kernel", "bound_kernel"}  # no number of CTAs in their launch bounds
+# Narrow accesses that move no row. Loads: target id, statistics, upstream gradients; a segment's place by bisection,
+# its numbers, and its sum in a loop that the compiler unrolls. Stores: statistics; a segment's sum, a row's gradient.
+SCALAR_LOADS = {"row_statistics_kernel": 1, "dlogits_kernel": 6, "bound_dlogits_kernel": 4 + 40}
+SCALAR_STORES = {"row_statistics_kernel": 4, "dlogits_kernel": 0, "bound_dlogits_kernel": 2}
 
-        candidates.append(str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"))
-    except ImportError:
-        pass
-    return next((c for c in candidates if c and Path(c).is_file()), None)
 
-
-def constant_of_setup(name: str) -> list[str]:
-    """A list literal of setup.py, without running it."""
-    for node in ast.parse((ROOT / "setup.py").read_text()).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == name:
-            return ast.literal_eval(node.value)
-    raise AssertionError(f"setup.py has no {name}")
-
-
-@pytest.fixture(scope="module", params=SOURCES, ids=lambda source: source.stem)
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str, str]:
-    """Kernel file, its sm_90a cubin, ptxas's report, nvcc."""
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Kernel]]:
+    """Every kernel by architecture."""
     nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc: set CUDA_HOME or put it on PATH")
-    source = request.param
-    cubin = tmp_path_factory.mktemp("cubin") / f"{source.stem}.cubin"
-    options = ["-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas=-v", "-o", str(cubin)]
-    command = [nvcc, *constant_of_setup("CUDA_COMMON"), *options, str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return source.stem, cubin, done.stderr, nvcc
-
-
-def test_no_spills_and_registers_within_budget(compiled: tuple[str, Path, str, str]) -> None:
-    stem, _, report, _ = compiled
-    assert "warning" not in report, report
-    names = re.findall(r"Compiling entry function '(\w+)'", report)
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    registers = [int(r) for r in re.findall(r"Used (\d+) registers", report)]
-    assert len(names) == len(registers) and (names or stem == "device")
-    assert all(pair == ("0", "0") for pair in spills), report
-    for name, used in zip(names, registers, strict=True):
-        in_fp64 = re.search(r"kernelI(d|dd)L", name)
-        budget = ROW_BUDGET if stem in ROW_KERNELS and not in_fp64 else BUDGET
-        assert used <= budget, f"{name}: {used} registers, budget {budget}"
-
-
-def test_row_kernels_move_16_bytes_at_a_time(compiled: tuple[str, Path, str, str]) -> None:
-    stem, cubin, _, nvcc = compiled
-    if stem not in ROW_KERNELS:
-        pytest.skip("not a row kernel")
-    cuobjdump = find_cuobjdump(nvcc)
+    cuobjdump = find_cuobjdump(Path(nvcc).parent)
     if cuobjdump is None:
         pytest.skip("no cuobjdump beside nvcc, on PATH or in Triton")
-    sass = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-    functions = sass.split("Function : ")[1:]
-    assert functions
-    for function in functions:
-        name = function.split("\n", 1)[0]
-        opcodes = set(re.findall(r"\b((?:LDG|STG|LDL|STL)(?:\.\w+)*)", function))
-        assert opcodes >= ROW_KERNELS[stem], f"{name}: {sorted(opcodes)}"
-        assert not any(op.startswith(("LDL", "STL")) for op in opcodes), f"{name} uses local memory"
-        if stem == "dlogits":  # it overwrites what it loads, so nothing may come through the read-only path
-            assert "LDG.E.128.CONSTANT" not in opcodes, name
+    folder = tmp_path_factory.mktemp("cubins")
+
+    def compile_for(arch: str, source: Path) -> list[Kernel]:
+        return compile_kernels(nvcc, cuobjdump, source, arch, folder / f"{source.stem}_{arch}")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {arch: [pool.submit(compile_for, arch, source) for source in SOURCES] for arch in ARCHS}
+        return {arch: [kernel for job in jobs[arch] for kernel in job.result()] for arch in ARCHS}
+
+
+@pytest.fixture(params=ARCHS)
+def arch(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def kernels(compiled: dict[str, list[Kernel]], arch: str) -> list[Kernel]:
+    return compiled[arch]
+
+
+@pytest.fixture
+def row_kernels(kernels: list[Kernel]) -> list[Kernel]:
+    found = [kernel for kernel in kernels if kernel.name in SCALAR_LOADS]
+    assert {kernel.name for kernel in found} == SCALAR_LOADS.keys()
+    return found
+
+
+def budget_key(kernel: Kernel) -> tuple[str, int]:
+    return kernel.name, max(4, *kernel.bytes) if kernel.types else 0
+
+
+def test_hopper_is_among_the_architectures() -> None:
+    assert "90a" in ARCHS
+
+
+def test_every_kernel_of_the_sources_is_compiled_for_every_choice_of_options(kernels: list[Kernel]) -> None:
+    assert written_kernels() == sorted({kernel.name for kernel in kernels})
+    for name in written_kernels():
+        variants = [(kernel.types, kernel.options) for kernel in kernels if kernel.name == name]
+        choices = map("".join, product("01", repeat=len(variants[0][1])))
+        assert sorted(variants) == sorted(product({types for types, _ in variants}, choices)), name
+
+
+def test_nothing_spills_or_has_a_stack(kernels: list[Kernel]) -> None:
+    for kernel in kernels:
+        assert kernel.memory == (0, 0, 0), f"{kernel.label}: bytes of stack, spill stores, spill loads {kernel.memory}"
+        local = [instruction.opcode for instruction in kernel.code if is_local(instruction.opcode)]
+        assert not local, f"{kernel.label}: {local}"
+
+
+def test_registers_and_shared_memory_leave_room_for_the_ctas_promised(kernels: list[Kernel], arch: str) -> None:
+    for kernel in kernels:
+        budget = BUDGETS[budget_key(kernel)]
+        assert kernel.registers <= budget.registers, f"{kernel.label}: {kernel.registers} registers"
+        assert kernel.shared <= budget.shared, f"{kernel.label}: {kernel.shared} bytes of shared memory"
+        fits = resident(kernel.registers, kernel.threads, kernel.shared, int(re.sub(r"\D", "", arch)))
+        assert fits >= budget.resident, f"{kernel.label}: {fits} CTAs on a multiprocessor of sm_{arch}"
+        asked = None if kernel.name in LEFT_TO_THE_COMPILER else budget.resident
+        assert kernel.resident == asked, f"{kernel.label}: launch bounds ask for {kernel.resident} CTAs"
+    unused = BUDGETS.keys() - {budget_key(kernel) for kernel in kernels}
+    assert not unused, unused
+
+
+class Row(NamedTuple):
+    """How a row kernel is to move its row, in elements of a thread."""
+
+    tile: int
+    group: int  # consecutive ones, the least that are 16 bytes of logits and of gradients
+    loads: int  # bytes of a logit
+    stores: int  # bytes of a gradient, 0 without
+    biases: int  # reads of one: for each of the two paths below at most
+
+
+def row_of(kernel: Kernel) -> Row:
+    logit, *out = kernel.bytes
+    return Row(8 if logit == 8 else 16, 16 // min(kernel.bytes), logit, sum(out), 2 * int(kernel.options[0]))
+
+
+def test_the_main_loop_of_a_row_kernel_moves_a_tile_16_bytes_at_a_time(row_kernels: list[Kernel]) -> None:
+    """Rows that are not aligned are moved element by element: a loop has that path, too, once."""
+    for kernel in row_kernels:
+        row, loop = row_of(kernel), opcodes(main_loop(kernel.code))
+        assert wide(loop, "LDG") >= row.tile * row.loads // 16, f"{kernel.label}: {loop}"
+        assert wide(loop, "STG") >= row.tile * row.stores // 16, f"{kernel.label}: {loop}"
+        assert narrow(loop, "LDG") <= row.tile * (1 + row.biases), f"{kernel.label}: {loop}"
+        assert narrow(loop, "STG") <= (row.tile if row.stores else 0), f"{kernel.label}: {loop}"
+
+
+def test_narrow_accesses_are_those_of_unaligned_rows_and_scalars(row_kernels: list[Kernel]) -> None:
+    """Beyond the tile: a group behind the last one, then single elements, and the target's. Gradients of a dead row are
+    zeroed group by group, in a loop that the compiler may double, and singly at the end.
+    """
+    for kernel in row_kernels:
+        row, counts = row_of(kernel), opcodes(kernel.code)
+        loads = (row.tile + row.group + 2) * (1 + row.biases) + SCALAR_LOADS[kernel.name]
+        stores = (row.tile + 3 * row.group + 3 if row.stores else 0) + SCALAR_STORES[kernel.name]
+        assert narrow(counts, "LDG") <= loads, f"{kernel.label}: {narrow(counts, 'LDG')}, {loads} allowed"
+        assert narrow(counts, "STG") <= stores, f"{kernel.label}: {narrow(counts, 'STG')}, {stores} allowed"
+        assert wide(counts, "LDG") >= (row.tile + row.group) * row.loads // 16, f"{kernel.label}: {counts}"
+        assert wide(counts, "STG") >= (row.tile + 2 * row.group) * row.stores // 16, f"{kernel.label}: {counts}"
+
+
+def test_gradients_are_not_read_through_the_read_only_path(row_kernels: list[Kernel]) -> None:
+    """They overwrite what they load."""
+    for kernel in row_kernels:
+        loads = {i.opcode for i in kernel.code if i.opcode.startswith("LDG")}
+        constant = {opcode for opcode in loads if "CONSTANT" in opcode.split(".")}
+        assert kernel.name == "row_statistics_kernel" or not constant, f"{kernel.label}: {constant}"
 
 
 NO_DRIVER = """
