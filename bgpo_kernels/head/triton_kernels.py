@@ -336,8 +336,7 @@ def _bound_gradient_kernel(
         if old is not None:
             d = divide(total - tl.load(old + first + s), length)
     advantage = tl.load(advantages + sequence)
-    limits = number(highest, DTYPE), number(floor, DTYPE), number(ceiling, DTYPE)
-    _, slope = bound_terms(d, advantage, length, *limits)
+    _, slope = bound_terms(d, advantage, length, number(highest, DTYPE), number(floor, DTYPE), number(ceiling, DTYPE))
     g = divide(slope, -number(divisor, DTYPE)) * weight.to(DTYPE)
     tl.store(grad_logprob + row, g)
     _gradient_row(

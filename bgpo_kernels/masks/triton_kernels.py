@@ -320,6 +320,11 @@ def _tile(tokens: int) -> tuple[int, int]:
     return block, max(1, block // 128)
 
 
+def _aligned(rows: Tensor) -> Tensor:
+    """Contiguous from a multiple of 16 bytes on, as fresh tensors are: where a slice lies must not compile a kernel."""
+    return rows.clone() if rows.is_contiguous() and rows.data_ptr() % 16 else rows.contiguous()
+
+
 def draw(
     input_ids: Tensor,  # [B, T] int64
     response_mask: Tensor,  # [B, T] bool
@@ -335,7 +340,7 @@ def draw(
     block, warps = _tile(tokens)
     with torch.cuda.device_of(input_ids):
         _draw_kernel[(result.masked.numel(),)](
-            input_ids.contiguous(), response_mask.contiguous(), prompt_mask.contiguous() if prompt_noise else None,
+            _aligned(input_ids), _aligned(response_mask), _aligned(prompt_mask) if prompt_noise else None,
             sample_ids.contiguous(), *(spec.device_tables or (None, None, None)), *result, state.zero_(),
             tokens, spec.mask_token_id, spec.prompt_threshold, *seed_words(spec.seed), spec.lo, spec.samples, spec.n_mc,
             SCHEME=spec.scheme, SCHEDULE=spec.schedule, PROMPT_NOISE=prompt_noise,
