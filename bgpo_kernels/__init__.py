@@ -10,9 +10,10 @@ Importing needs no GPU, driver, nvcc or Triton. ``python -m bgpo_kernels.info`` 
 
 from . import models
 from .bound import BoundStats, bgpo_loss
-from .estimators import BgpoStep, ReplayStep, bgpo_backward, elbo_logprob, replay_backward
+from .estimators import BgpoStep, ReplayStep, bgpo_backward, elbo_logprob, replay_backward, row_logprob
 from .head import bgpo_head_loss, masked_logprob
 from .masks import CountSchedule, MaskDraw, random_mask
+from .models import patch
 from .validation import check_values
 from .workspace import set_workspace_bytes, workspace_bytes
 
@@ -31,8 +32,10 @@ __all__ = [
     "elbo_logprob",
     "masked_logprob",
     "models",
+    "patch",
     "random_mask",
     "replay_backward",
+    "row_logprob",
     "set_workspace_bytes",
     "workspace_bytes",
 ]

@@ -14,7 +14,7 @@ from ..bound.segments import SegmentBound
 from ..masks.draw import MaskDraw
 from ..masks.schedule import CountSchedule
 from ..models import HeadSpec
-from .head_pass import backward_samples, start_backward
+from .head_pass import backward_segments, start_backward
 from .micro_batch import GradientGuard, MicroBatches, assert_finite_logprob
 from .problem import Problem, prepare
 from .sink import HeadSink
@@ -114,7 +114,8 @@ def _accumulate(problem: Problem, bound: SegmentBound, active: list[int], micro_
     logprob = torch.full(bound.shape, torch.nan, dtype=problem.score_dtype, device=problem.device)
 
     def body(b: int, lo: int, hi: int) -> None:
-        sums, roots = backward_samples(problem, problem.draw(b, lo, hi), bound.samples(b, lo, hi), sink)
+        draw = problem.draw(b, lo, hi)
+        sums, roots = backward_segments(problem, draw, bound.samples(b, lo, hi), sink, problem.forward_kwargs)
         logprob[b, lo:hi] = sums
         start_backward(roots)
 

@@ -1,28 +1,19 @@
 """``elbo_logprob``: the drop-in. Differentiable ELBO estimates whose graph holds numbers, not activations.
 
-The forward scores every sample without gradient. The backward receives d loss / d ell_bj from whatever loss was built
-on the estimates, runs the samples again one micro-batch at a time, and returns the summed parameter gradients to
-autograd. Hooks, DistributedDataParallel and optimizers see one ordinary backward. The price is one extra forward and,
-during backward, one set of gradients besides .grad; ``bgpo_backward`` and ``replay_backward`` need neither.
+See ``two_pass.py`` for how, and at what price; ``bgpo_backward`` and ``replay_backward`` need no second set of gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
 from ..masks.draw import MaskDraw
 from ..masks.schedule import CountSchedule
 from ..models import HeadSpec
-from .dropout import DropoutSeeds
-from .micro_batch import MicroBatches, largest_magnitude
-from .problem import Problem, prepare
-from .replay import Roots, backward_all, score_all
-from .sink import HeadSink
+from .micro_batch import MicroBatches
+from .problem import prepare
+from .samples import Samples
+from .two_pass import differentiable_scores
 
 
 def elbo_logprob(
@@ -67,81 +58,5 @@ def elbo_logprob(
         scheme=scheme, schedule=schedule, mask_token_id=mask_token_id, temperature=temperature, draw=draw, head=head,
         backend=backend,
     )  # fmt: skip
-    batches = MicroBatches(problem, micro_batch_tokens)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if torch.is_grad_enabled() and parameters:
-        samples = _Elbo.apply(problem, batches, *parameters)
-    else:
-        samples = score_all(problem, batches, DropoutSeeds(model))
+    samples = differentiable_scores(Samples(problem), MicroBatches(problem, micro_batch_tokens))
     return samples if per_sample else samples.mean(-1)
-
-
-class _Elbo(torch.autograd.Function):
-    """Scores in forward, replays in backward; the parameters are inputs so that autograd knows what depends on them."""
-
-    @staticmethod
-    def forward(ctx: Any, problem: Problem, batches: MicroBatches, *parameters: Tensor) -> Tensor:
-        ctx.problem, ctx.batches, ctx.parameters = problem, batches, parameters
-        ctx.versions = [p._version for p in parameters]
-        ctx.seeds = DropoutSeeds(problem.model)
-        ctx.autocast = _autocast_options(problem.device.type)
-        return score_all(problem, batches, ctx.seeds)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        problem, parameters = ctx.problem, ctx.parameters
-        if torch.is_grad_enabled():  # create_graph=True; the graph of the replays is gone by then
-            raise RuntimeError("elbo_logprob cannot be differentiated twice")
-        if ctx.versions != [p._version for p in parameters]:
-            raise RuntimeError(
-                "parameters were modified in place between elbo_logprob and the backward of its result (an optimizer "
-                "step?): call backward first, or call elbo_logprob again"
-            )
-        totals: list[Tensor | None] = [None] * len(parameters)
-        owned = [False] * len(parameters)
-
-        def carry_on(roots: Roots) -> None:
-            tensors, slopes = map(list, zip(*roots, strict=True))
-            found = torch.autograd.grad(tensors, parameters, slopes, allow_unused=True)
-            for i, new in enumerate(found):
-                if new is None:
-                    continue
-                total = totals[i]
-                if total is None:  # may be expanded, or shared with another parameter: not ours to write to
-                    totals[i] = new
-                elif owned[i]:
-                    total.add_(new)
-                else:
-                    totals[i], owned[i] = total + new, True
-
-        def restart() -> None:
-            totals[:] = [None] * len(parameters)
-            owned[:] = [False] * len(parameters)
-
-        sink = HeadSink(problem.model, problem.head.module, through_autograd=True)
-        with torch.autocast(**ctx.autocast), ctx.seeds.modes(), _hooks_suspended(parameters):
-            backward_all(problem, ctx.batches, ctx.seeds, grad, sink, carry_on, restart)
-        present = [t for t in totals if t is not None]
-        if present and not bool(torch.isfinite(largest_magnitude(present))):
-            raise FloatingPointError("non-finite gradient of elbo_logprob: nothing reached .grad; skip this step")
-        return (None, None, *totals)
-
-
-def _autocast_options(device_type: str) -> dict[str, Any]:
-    """The autocast setting of the forward, on or off, for a backward that runs outside or inside one."""
-    enabled = torch.is_autocast_enabled(device_type)
-    return {"device_type": device_type, "dtype": torch.get_autocast_dtype(device_type), "enabled": enabled}
-
-
-@contextmanager
-def _hooks_suspended(parameters: tuple[Tensor, ...]) -> Iterator[None]:
-    """Tensor hooks see the total in the caller's backward; the inner backwards would run them on every part as well."""
-    hooks = [p._backward_hooks for p in parameters if p._backward_hooks]
-    kept = [dict(h) for h in hooks]
-    for h in hooks:
-        h.clear()
-    try:
-        yield
-    finally:
-        for h, entries in zip(hooks, kept, strict=True):
-            h.update(entries)

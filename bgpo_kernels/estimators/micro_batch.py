@@ -1,8 +1,9 @@
 """How many MC samples run at once, and what happens when memory runs out.
 
-A micro-batch is a range of samples of one sequence. Its size depends on the sequence's length alone (not on gradients,
-policy or batch), so that old and new policy meet the same batch shapes and agree bit for bit at equal weights; what an
-out-of-memory has taught is kept per model.
+A micro-batch is a range of items of one group, which all have the same length: MC samples of one sequence, or rows of
+a batch of equal length. Its size depends on that length alone (not on gradients, policy or batch), so that old and new
+policy meet the same batch shapes and agree bit for bit at equal weights; what an out-of-memory has taught is kept per
+model.
 
 With ``micro_batch_tokens=None``: 2048 tokens on a CPU (GEMMs are at full rate, activations stay small); on a GPU as
 many as a rough estimate of activation memory allows, 16384 at most, halved on out-of-memory. Halving never changes a
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +23,6 @@ from torch import Tensor, nn
 
 from .. import validation as check
 from ..models import unwrap
-from .problem import Problem
 from .sink import HeadSink
 
 CPU_TOKENS = 2048
@@ -33,86 +34,106 @@ BYTES_PER_HIDDEN = 68
 _learned: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # tokens per micro-batch that fitted, or were cut to
 
 
-class MicroBatches:
-    """Walks over (sequence, sample range) in a fixed order, shrinking the range when memory runs out."""
+class Group(NamedTuple):
+    """Items of one length, any range of which can be a micro-batch."""
 
-    def __init__(self, problem: Problem, micro_batch_tokens: int | None) -> None:
-        self.problem = problem
+    items: int
+    tokens: int  # of each
+
+
+class Work(Protocol):
+    """What can be walked over in micro-batches."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def groups(self) -> list[Group]: ...
+
+
+class MicroBatches:
+    """Walks over (group, range of its items) in a fixed order, shrinking the range when memory runs out."""
+
+    def __init__(self, work: Work, micro_batch_tokens: int | None) -> None:
+        self.work, self.groups = work, work.groups
         self.automatic = micro_batch_tokens is None
         if micro_batch_tokens is None:
-            key = unwrap(problem.model)
+            key = unwrap(work.model)
             if key not in _learned:
-                _learned[key] = _first_guess(problem)
+                _learned[key] = _first_guess(work)
             self.tokens = _learned[key]
         else:
             self.tokens = check.integer("micro_batch_tokens", micro_batch_tokens, 1)
 
-    def ranges(self, b: int) -> Iterator[tuple[int, int]]:
-        """Sample ranges of sequence b; the size is read anew at every step."""
-        lo, n = 0, self.problem.n_mc
-        while lo < n:
-            hi = min(n, lo + max(1, self.tokens // self.problem.sequences[b].tokens))
+    def ranges(self, g: int) -> Iterator[tuple[int, int]]:
+        """Ranges of group g's items; the size is read anew at every step."""
+        lo, (items, tokens) = 0, self.groups[g]
+        while lo < items:
+            hi = min(items, lo + max(1, self.tokens // tokens))
             yield lo, hi
             lo = hi
 
-    def shrink(self, b: int) -> bool:
-        """Halve what was alive at an out-of-memory; False when that was one sample of sequence b."""
-        tokens = self.problem.sequences[b].tokens
-        alive = min(self.problem.n_mc, self.tokens // tokens)
+    def shrink(self, g: int) -> bool:
+        """Halve what was alive at an out-of-memory; False when that was one item of group g."""
+        items, tokens = self.groups[g]
+        alive = min(items, self.tokens // tokens)
         if not self.automatic or alive < 2:
             return False
-        self.tokens = _learned[unwrap(self.problem.model)] = alive // 2 * tokens
+        self.tokens = _learned[unwrap(self.work.model)] = alive // 2 * tokens
         return True
 
     def run(
         self,
-        sequences: list[int],
+        groups: list[int],
         body: Callable[[int, int, int], None],
         restart: Callable[[], None],
         pinned: bool = False,
     ) -> None:
-        """``body(b, lo, hi)`` for every range; after an out-of-memory ``restart`` undoes all and the walk begins anew.
+        """``body(g, lo, hi)`` for every range; after an out-of-memory ``restart`` undoes all and the walk begins anew.
 
         ``pinned``: the ranges must stay, because they have to draw the dropout of an earlier pass again.
         """
-        while (failed := self._walk(sequences, body)) is not None:
-            b, error = failed
+        while (failed := self._walk(groups, body)) is not None:
+            g, error = failed
             # Outside the except block: the traceback no longer keeps the failed graph alive.
             restart()
-            if not self.shrink(b):
-                raise torch.OutOfMemoryError(f"{error}\nbgpo_kernels: {self._advice(b)}")
+            if not self.shrink(g):
+                raise torch.OutOfMemoryError(f"{error}\nbgpo_kernels: {self._advice(g)}")
             if pinned:
                 raise torch.OutOfMemoryError(
                     f"{error}\nbgpo_kernels: a second pass repeats the dropout of the first, so it cannot go on with "
                     f"smaller micro-batches; the next call begins with them (micro_batch_tokens={self.tokens})"
                 )
-            if self.problem.device.type == "cuda":
+            if self.work.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _advice(self, b: int) -> str:
+    def _advice(self, g: int) -> str:
         rest = "use gradient checkpointing or a smaller workspace (set_workspace_bytes)"
         if self.automatic:
-            return f"one sample of {self.problem.sequences[b].tokens} tokens does not fit; {rest}"
+            return f"one sample of {self.groups[g].tokens} tokens does not fit; {rest}"
         return f"micro_batch_tokens={self.tokens} do not fit; pass fewer, or None, which halves by itself, or {rest}"
 
-    def _walk(self, sequences: list[int], body: Callable[[int, int, int], None]) -> tuple[int, str] | None:
-        for b in sequences:
-            for lo, hi in self.ranges(b):
+    def _walk(self, groups: list[int], body: Callable[[int, int, int], None]) -> tuple[int, str] | None:
+        for g in groups:
+            for lo, hi in self.ranges(g):
                 try:
-                    body(b, lo, hi)
+                    body(g, lo, hi)
                 except torch.OutOfMemoryError as error:
-                    return b, str(error)
+                    return g, str(error)
         return None
 
 
-def _first_guess(problem: Problem) -> int:
-    if problem.device.type != "cuda":
+def _first_guess(work: Work) -> int:
+    if work.device.type != "cuda":
         return CPU_TOKENS
-    config = getattr(unwrap(problem.model), "config", None)
+    config = getattr(unwrap(work.model), "config", None)
     hidden = getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or 4096
     layers = getattr(config, "num_hidden_layers", None) or getattr(config, "n_layers", None) or 32
-    free, _total = torch.cuda.mem_get_info(problem.device)
-    free += torch.cuda.memory_reserved(problem.device) - torch.cuda.memory_allocated(problem.device)
+    free, _total = torch.cuda.mem_get_info(work.device)
+    free += torch.cuda.memory_reserved(work.device) - torch.cuda.memory_allocated(work.device)
     return int(min(MAX_CUDA_TOKENS, max(1, free // (hidden * layers * BYTES_PER_HIDDEN))))
 
 

@@ -20,6 +20,7 @@ from ..masks.functional import check_draw_tensors, check_response, draw_unchecke
 from ..masks.reference import Facts
 from ..masks.schedule import CountSchedule, DrawSpec
 from ..models import HeadSpec, assert_bidirectional, find_head, forward_kwargs, unwrap
+from .micro_batch import Group
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ class Problem:
     def score_dtype(self) -> torch.dtype:
         """fp32, or fp64 for a model in fp64."""
         return torch.float64 if self.head.module.weight.dtype == torch.float64 else torch.float32
+
+    @property
+    def groups(self) -> list[Group]:
+        """A group is the n_mc samples of one sequence."""
+        return [Group(self.n_mc, s.tokens) for s in self.sequences]
 
     def lengths(self) -> Tensor:
         """Response lengths ``[B] fp32``."""
@@ -139,8 +145,8 @@ def _sequences(
     return found
 
 
-def _attended(attention_mask: Any, input_ids: Tensor, response_mask: Tensor) -> Tensor | None:
-    """Boolean [B, T] of real tokens, or None when there is no padding to speak of."""
+def padding_of(attention_mask: Any, input_ids: Tensor) -> Tensor | None:
+    """Boolean [B, T] of real tokens, or None when no mask is given."""
     if attention_mask is None:
         return None
     check.tensor("attention_mask", attention_mask)
@@ -149,6 +155,14 @@ def _attended(attention_mask: Any, input_ids: Tensor, response_mask: Tensor) -> 
     attended = attention_mask.bool()
     if attention_mask.dtype != torch.bool and not bool((attended == attention_mask).all()):
         raise ValueError("attention_mask must hold 0 and 1 only; additive masks are not padding masks")
+    return attended
+
+
+def _attended(attention_mask: Any, input_ids: Tensor, response_mask: Tensor) -> Tensor | None:
+    """``padding_of``, with the response outside of it."""
+    attended = padding_of(attention_mask, input_ids)
+    if attended is None:
+        return None
     outside = response_mask & ~attended
     if bool(outside.any()):
         rows = outside.any(-1).nonzero().flatten()[:8].tolist()
@@ -178,16 +192,20 @@ def _check_vocabulary(
     size = weight.shape[0]
     if max_id >= size:
         raise ValueError(f"response id {max_id} (input_ids or draw.targets) is outside the head's vocabulary of {size}")
-    getter = getattr(unwrap(model), "get_input_embeddings", None)
-    table = getter() if callable(getter) else None
-    known = getattr(table, "num_embeddings", None)
-    if known is None:
-        return
-    for name, ids in tokens.items():
-        real = ids if attended is None else ids.movedim(-1, 1)[attended]
-        check.ids_in_range(name, real, 0, known, "rows of the model's embedding")
-    if mask_token_id >= known:
+    known = check_embedding(model, tokens, attended)
+    if known is not None and mask_token_id >= known:
         raise ValueError(f"mask_token_id {mask_token_id} is outside the model's embedding of {known} rows")
+
+
+def check_embedding(model: nn.Module, tokens: dict[str, Tensor], attended: Tensor | None) -> int | None:
+    """Rows of the model's embedding, if it tells, after checking that every real token is one of them."""
+    getter = getattr(unwrap(model), "get_input_embeddings", None)
+    known = getattr(getter() if callable(getter) else None, "num_embeddings", None)
+    if known is not None:
+        for name, ids in tokens.items():
+            real = ids if attended is None else ids.movedim(-1, 1)[attended]
+            check.ids_in_range(name, real, 0, known, "rows of the model's embedding")
+    return known
 
 
 def _check_shift(shift: int, sequences: list[Sequence]) -> None:

@@ -13,17 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..bound.segments import SegmentBound
 from ..masks.draw import MaskDraw
 from ..masks.schedule import CountSchedule
 from ..models import HeadSpec
 from .dropout import DropoutSeeds
-from .head_pass import backward_samples, score_samples, start_backward
+from .head_pass import start_backward
 from .micro_batch import GradientGuard, MicroBatches, assert_finite_logprob
-from .problem import Problem, prepare
+from .problem import prepare
+from .samples import Samples
 from .sink import HeadSink
-
-Roots = list[tuple[Tensor, Tensor]]
+from .two_pass import backward_all, score_all
 
 
 class ReplayStep(NamedTuple):
@@ -71,15 +70,15 @@ def replay_backward(
         backend=backend,
     )  # fmt: skip
     batches = MicroBatches(problem, micro_batch_tokens)
-    seeds = DropoutSeeds(model)
+    samples, seeds = Samples(problem), DropoutSeeds(model)
     sink = HeadSink(model, problem.head.module)
     guard = GradientGuard(model, sink)
-    scores = score_all(problem, batches, seeds)
+    scores = score_all(samples, batches, seeds)
     assert_finite_logprob(scores, [s.sample_id for s in problem.sequences])
     loss, coefficients = _differentiate(objective, scores)
 
     with guard.accumulating():
-        backward_all(problem, batches, seeds, coefficients, sink, start_backward, guard.clear)
+        backward_all(samples, batches, seeds, coefficients, sink, start_backward, guard.clear)
     return ReplayStep(loss, scores)
 
 
@@ -101,39 +100,3 @@ def _differentiate(objective: Callable[[Tensor], Tensor], scores: Tensor) -> tup
             f"objective is {loss.item()}, or its derivative is not finite: nothing was added to .grad; skip this step"
         )
     return loss.detach().reshape(()), slope
-
-
-def score_all(problem: Problem, batches: MicroBatches, seeds: DropoutSeeds) -> Tensor:
-    """ELBO estimates ``[B, n] fp32`` of all samples, without gradient."""
-    scores = torch.zeros(len(problem.sequences), problem.n_mc, dtype=problem.score_dtype, device=problem.device)
-
-    def body(b: int, lo: int, hi: int) -> None:
-        with seeds.at(b, lo):
-            scores[b, lo:hi] = score_samples(problem, problem.draw(b, lo, hi))
-
-    batches.run(list(range(len(problem.sequences))), body, restart=lambda: None)
-    return scores
-
-
-def backward_all(
-    problem: Problem,
-    batches: MicroBatches,
-    seeds: DropoutSeeds,
-    coefficients: Tensor,  # [B, n], d loss / d ell
-    sink: HeadSink,
-    carry_on: Callable[[Roots], None],
-    restart: Callable[[], None],
-) -> None:
-    """Back-propagate every sample with its coefficient; ``carry_on`` starts autograd for one micro-batch."""
-    wanted = (coefficients != 0).tolist()
-
-    def body(b: int, lo: int, hi: int) -> None:
-        if not any(wanted[b][lo:hi]):
-            return
-        with seeds.at(b, lo):
-            bound = SegmentBound.linear(coefficients[b, lo:hi], problem.backend)
-            _, roots = backward_samples(problem, problem.draw(b, lo, hi), bound, sink)
-        if roots:
-            carry_on(roots)
-
-    batches.run(list(range(len(wanted))), body, restart, pinned=seeds.drawn)

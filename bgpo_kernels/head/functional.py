@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,11 +10,17 @@ from torch import Tensor
 from .. import validation as check
 from ..backends import resolve
 from ..bound.functional import BoundStats, bound_stats, check_samples, make_clip
+from ..bound.segments import SegmentBound
 from ..masks.draw import MaskDraw
 from . import ops, reference
-from .engine import main_grad_of
+from .engine import Head, main_grad_of
 from .options import LogitTransform
+from .parallel import VocabShard, local_parts
+from .sharded import sharded_loss, sharded_statistics
 from .support import restricted_logprob
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -31,6 +37,7 @@ def masked_logprob(
     logit_scale: float = 1.0,
     support: Tensor | None = None,
     return_entropy: bool = False,
+    tp_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-softmax at ``targets`` of the chosen hidden rows against the vocabulary, without N x V logits.
@@ -50,6 +57,9 @@ def masked_logprob(
         softcap: positive, or None. logit_scale: multiplies logits after the bias; not zero.
         support: ``[N, K]`` int64; restricts each row's softmax to these distinct ids; -1 marks an unused slot.
         return_entropy: also return the entropy of each row's distribution ``[N]``, differentiable too.
+        tp_group: the vocabulary is cut over the ranks of this group, alike: ``weight [V / ranks, H]`` and ``bias`` are
+            this rank's rows, everything else is the same on every rank, targets are ids in 0..V-1. A DTensor ``weight``
+            cut over its rows (``Shard(0)``, perhaps unevenly) is known for itself. See docs/tensor_parallel.md.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
@@ -59,11 +69,18 @@ def masked_logprob(
         TypeError: wrong dtypes. ValueError: shapes or devices that disagree, ids or rows out of range, a target outside
             its support, options out of range, a sharded weight, a backend that cannot serve the device.
     """
+    hidden, weight, bias, shard = local_parts(hidden, weight, bias, tp_group)
     hidden, transform, resolved = _check_head(hidden, weight, bias, temperature, softcap, logit_scale, backend)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    _check_rows(flat, weight, targets, rows)
+    _check_rows(flat, _vocabulary(weight, shard), targets, rows)
+    if shard is not None:
+        if support is not None:
+            raise ValueError("support is not served for a weight that is cut over ranks: gather the weight first")
+        head = Head(flat, weight, bias, rows, targets, transform, resolved, shard)
+        stats = sharded_statistics(head, return_entropy)
+        return (stats[2], stats[3]) if return_entropy else stats[2]
     if support is not None:
-        _check_support(support, targets, weight)
+        check_support(support, targets, weight.shape[0])
         logp, entropy = restricted_logprob(flat, weight, bias, rows, targets, support, transform)
         return (logp, entropy) if return_entropy else logp
     if resolved == "reference":
@@ -91,6 +108,7 @@ def bgpo_head_loss(
     clip_range: float | tuple[float, float] | None = None,
     dual_clip: float | None = None,
     normalizer: float | None = None,
+    tp_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, BoundStats]:
     """``bgpo_loss(draw.reduce(masked_logprob(...)), ...)`` with its gradients in ONE pass over the head.
@@ -106,6 +124,7 @@ def bgpo_head_loss(
             its ``.grad`` stays as it is.
         draw: from :func:`random_mask`.
         advantages, old_logprob, length, clip_range, dual_clip, normalizer: as :func:`bgpo_loss`.
+        tp_group: as :func:`masked_logprob`.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
@@ -114,6 +133,7 @@ def bgpo_head_loss(
     Raises:
         As :func:`masked_logprob` and :func:`bgpo_loss`; ValueError when hidden does not have B*n*T rows.
     """
+    hidden, weight, bias, shard = local_parts(hidden, weight, bias, tp_group)
     hidden, transform, resolved = _check_head(hidden, weight, bias, temperature, softcap, logit_scale, backend)
     flat = hidden.reshape(-1, hidden.shape[-1])
     if not isinstance(draw, MaskDraw):
@@ -125,13 +145,14 @@ def bgpo_head_loss(
             f"{batch}*{samples}*{tokens} = {batch * samples * tokens}"
         )
     check.same_device("draw", draw.rows, "hidden", hidden)
-    if draw.max_target >= weight.shape[0]:
-        raise ValueError(f"draw.targets holds id {draw.max_target}, but weight {list(weight.shape)} has fewer rows")
+    if draw.max_target >= (vocabulary := _vocabulary(weight, shard)):
+        whole = [vocabulary, weight.shape[1]]
+        raise ValueError(f"draw.targets holds id {draw.max_target}, but weight {whole} has fewer rows")
     check_samples(advantages, old_logprob, length, (batch, samples), "hidden", hidden)
     old_logprob = None if old_logprob is None else old_logprob.detach()
     clip = make_clip(clip_range, dual_clip)
     group = check.number("normalizer", batch if normalizer is None else normalizer, 0.0, exclusive=True)
-    if resolved == "reference":
+    if resolved == "reference" and shard is None:
         loss, logprob, slope = reference.bgpo_head_loss(
             flat, weight.to(flat.dtype), bias, draw, transform, advantages.float(), old_logprob, length, clip, group
         )
@@ -139,12 +160,18 @@ def bgpo_head_loss(
     grad = torch.is_grad_enabled()
     wide_weight = grad and weight.requires_grad and main_grad_of(weight) is not None
     wide_weight = wide_weight and not torch.compiler.is_compiling()  # a traced backward cannot write there
+    needs = tuple(grad and x is not None and x.requires_grad for x in (flat, weight, bias))
+    if shard is not None:
+        bound = SegmentBound(
+            advantages.float(), old_logprob, length, clip, group * samples, (batch, samples), resolved
+        )  # fmt: skip
+        head = Head(flat, weight, bias, draw.rows, draw.targets, transform, resolved, shard)
+        loss, logprob, slope = sharded_loss(head, draw, bound, needs, wide_weight)
+        return loss, logprob, bound_stats(logprob, advantages, old_logprob, length, slope, group)
     loss, logprob, slope, *_grads = ops.head_loss(
         flat, weight, bias, draw.rows, draw.targets, draw.segment_offsets, list(draw.host_offsets),
         draw.segment_weight, advantages.float(), old_logprob, length, *clip, group,
-        transform.scale, transform.softcap_or_zero, transform.temperature, resolved,
-        grad and flat.requires_grad, grad and weight.requires_grad, grad and bias is not None and bias.requires_grad,
-        wide_weight,
+        transform.scale, transform.softcap_or_zero, transform.temperature, resolved, *needs, wide_weight,
     )  # fmt: skip
     return loss, logprob, bound_stats(logprob, advantages, old_logprob, length, slope, group)
 
@@ -180,7 +207,11 @@ def _check_head(
     return hidden, transform, resolve(backend, hidden.device)
 
 
-def _check_rows(flat: Tensor, weight: Tensor, targets: Any, rows: Any) -> None:
+def _vocabulary(weight: Tensor, shard: VocabShard | None) -> int:
+    return weight.shape[0] if shard is None else shard.total
+
+
+def _check_rows(flat: Tensor, vocabulary: int, targets: Any, rows: Any) -> None:
     check.dtype("targets", check.tensor("targets", targets), torch.int64)
     check.shape("targets", targets, ("N",))
     check.same_device("targets", targets, "hidden", flat)
@@ -192,10 +223,11 @@ def _check_rows(flat: Tensor, weight: Tensor, targets: Any, rows: Any) -> None:
         check.shape("rows", rows, (targets.shape[0],), " (as targets)")
         check.same_device("rows", rows, "hidden", flat)
     given = () if rows is None else (check.outside("rows", rows, 0, flat.shape[0], "rows of hidden"),)
-    check.values(*given, check.outside("targets", targets, 0, weight.shape[0], "vocabulary of weight"))
+    check.values(*given, check.outside("targets", targets, 0, vocabulary, "vocabulary of weight"))
 
 
-def _check_support(support: Any, targets: Tensor, weight: Tensor) -> None:
+def check_support(support: Any, targets: Tensor, vocabulary: int) -> None:
+    """Types, shapes and values of ``support [N, K]``."""
     check.dtype("support", check.tensor("support", support), torch.int64)
     check.shape("support", support, (targets.shape[0], "K"), " (rows as targets)")
     check.same_device("support", support, "targets", targets)
@@ -209,7 +241,7 @@ def _check_support(support: Any, targets: Tensor, weight: Tensor) -> None:
         return (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
 
     check.values(
-        check.outside("support", support, -1, weight.shape[0], "vocabulary of weight, -1 for an unused slot"),
+        check.outside("support", support, -1, vocabulary, "vocabulary of weight, -1 for an unused slot"),
         check.Suspect(support, lambda ids: ~(ids == targets[:, None]).any(-1), stray),
         check.Suspect(support, repeated, lambda _: "support holds an id twice in one row: it would be counted twice"),
     )

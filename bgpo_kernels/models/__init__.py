@@ -24,17 +24,20 @@ from __future__ import annotations
 
 from .bidirectional import make_bidirectional
 from .heads import Capture, HeadSpec, capture_head, find_head, forward_kwargs, register, unwrap, without_gradient
+from .patched import Patched, patch
 from .probe import assert_bidirectional, assume_bidirectional
 
 __all__ = [
     "Capture",
     "HeadSpec",
+    "Patched",
     "assert_bidirectional",
     "assume_bidirectional",
     "capture_head",
     "find_head",
     "forward_kwargs",
     "make_bidirectional",
+    "patch",
     "register",
     "unwrap",
     "without_gradient",

@@ -1,0 +1,1 @@
+"""The integrations beside what they replace; see ../integrations.py."""

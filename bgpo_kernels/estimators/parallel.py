@@ -1,0 +1,226 @@
+"""What a call has to settle with the other ranks that train the same model.
+
+*Replicas* (DistributedDataParallel): every rank walks through its own micro-batches alone, below DDP's forward, so DDP
+sees none of them. Their sum then leaves through DDP's forward and backward as one ordinary gradient, which DDP averages
+as it is set up to: once per call, with its buckets, views and communication hooks, and not at all inside ``no_sync``.
+
+*Shards* (FSDP2, FSDP1, ZeRO-3): the weights are gathered and the gradients reduced within every micro-batch, by all
+ranks together. So the ranks take the same number of micro-batches; one that has fewer runs its own shortest sequence
+again without effect. Nothing can be halved on the way, since a rank cannot leave a collective operation by itself.
+
+Before anything reaches .grad, the ranks agree that all of them succeeded: one all-reduce of one number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models import unwrap
+from ..models.heads import class_names, next_wrapper
+
+_FAILURES: list[type[Exception]] = [RuntimeError, torch.OutOfMemoryError, FloatingPointError]  # the gravest last
+_MAX_RANKS = 1 << 32
+
+
+class Ranks:
+    """The processes that train ``model`` together, as far as one call is concerned."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._device = device
+        self._ddp = _ddp_around(model)
+        self._units = [m for m in model.modules() if "FSDPModule" in class_names(m)]
+        groups = _sharding_groups(model)
+        self.sharded = bool(groups)  #: whether every micro-batch is a collective operation
+        if self._ddp is not None and self._ddp.require_backward_grad_sync:
+            groups.append(self._ddp.process_group)
+        self._groups = groups
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._in_a_walk = False
+
+    # ----------------------------------------------------------------------------------------------- agreement
+
+    def most(self, *numbers: int) -> list[int]:
+        """The largest of each number over the ranks."""
+        if not self._groups:
+            return list(numbers)
+        found = torch.tensor(numbers, dtype=torch.int64, device=self._device)
+        for group in self._groups:
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=group)
+        return found.tolist()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """All ranks leave this normally or all by an exception: that of their own, or one like that of another rank."""
+        try:
+            yield
+        except Exception as error:
+            if not self._in_a_walk:  # otherwise the others wait for this rank somewhere in the model
+                grave = max(i for i, kind in enumerate(_FAILURES) if i == 0 or isinstance(error, kind))
+                self._vote(grave + 1)
+            raise
+        worst, rank = self._vote(0)
+        if worst:
+            raise _FAILURES[worst - 1](
+                f"rank {rank} failed (see its own message), so nothing was added to .grad on any rank"
+            )
+
+    def _vote(self, grave: int) -> tuple[int, int]:
+        rank = torch.distributed.get_rank() if self._groups else 0
+        (found,) = self.most(grave * _MAX_RANKS + rank)
+        return found // _MAX_RANKS, found % _MAX_RANKS
+
+    @contextmanager
+    def walk(self) -> Iterator[None]:
+        """A walk through micro-batches that are collective operations: what fails inside fails on this rank alone."""
+        self._in_a_walk = True
+        yield
+        self._in_a_walk = False
+
+    # ------------------------------------------------------------------------------------------------ wrappers
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Makes the wrappers fit for many forwards and backwards in one call, and puts them back.
+
+        DDP: its forward is that of the module inside; hooks on parameters wait for the sum. FSDP2: parameters are
+        sharded as it begins and ends (its root stays gathered after a forward, and would then miss an optimizer step);
+        gradients are reduced per micro-batch even where the user put that off, since what is not reduced is not in
+        .grad and could not be undone.
+        """
+        with ExitStack() as stack:
+            if self._ddp is not None:
+                stack.enter_context(_attribute(self._ddp, "forward", partial(_bare_forward, self._ddp)))
+                stack.enter_context(hooks_suspended(self._parameters))
+            for unit in self._units:
+                unit.reshard()
+                if not _reduces_gradients(unit):
+                    unit.set_requires_gradient_sync(True, recurse=False)
+                    stack.callback(unit.set_requires_gradient_sync, False, recurse=False)
+            try:
+                yield
+            finally:
+                if not self._in_a_walk:
+                    for unit in self._units:
+                        unit.reshard()
+
+    def through(self, make: Callable[[], Tensor]) -> Tensor:
+        """``make()`` as the output of DDP's own forward, so that its backward is one whose gradients DDP averages."""
+        ddp = self._ddp
+        if ddp is None:
+            return make()
+        inner = ddp.module
+
+        class _Stand(nn.Module):
+            def forward(self) -> Tensor:
+                ddp.module = inner
+                try:
+                    with _attribute(ddp, "forward", partial(_bare_forward, ddp)):
+                        return make()
+                finally:
+                    ddp.module = self
+
+        try:
+            ddp.module = _Stand()
+            return ddp()
+        finally:
+            ddp.module = inner
+
+    @property
+    def replicated(self) -> bool:
+        """Whether sums have to leave through ``deliver``."""
+        return self._ddp is not None
+
+    def deliver(self, parameters: list[nn.Parameter], totals: list[Tensor | None]) -> None:
+        """Add totals to .grad as the gradients of one backward through DDP. Empties ``totals``."""
+        with torch.enable_grad():
+            root = self.through(lambda: _Deliver.apply(totals, *parameters))
+        root.backward()
+
+
+class _Deliver(torch.autograd.Function):
+    """A scalar whose backward hands given gradients to the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, totals: list[Tensor | None], *parameters: Tensor) -> Tensor:
+        ctx.totals = totals
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        given = (None, *ctx.totals)
+        ctx.totals.clear()  # the last references, so that autograd can take the tensors over without a copy
+        return given
+
+
+@contextmanager
+def hooks_suspended(parameters: list[nn.Parameter] | tuple[Tensor, ...]) -> Iterator[None]:
+    """Hooks on parameters see the total in a later backward; inner backwards would run them on every part as well."""
+    names = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    hooks = [found for p in parameters for name in names if (found := getattr(p, name, None))]
+    kept = [dict(h) for h in hooks]
+    for h in hooks:
+        h.clear()
+    try:
+        yield
+    finally:
+        for h, entries in zip(hooks, kept, strict=True):
+            h.update(entries)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _ddp_around(model: nn.Module) -> Any:
+    """The DistributedDataParallel among the outer wrappers of a model, or None."""
+    found: nn.Module | None = model
+    while found is not None and "DistributedDataParallel" not in class_names(found):
+        found = next_wrapper(found)
+    return found
+
+
+def _sharding_groups(model: nn.Module) -> list[Any]:
+    """The process groups that take part in every forward."""
+    groups: dict[int, Any] = {}
+    for module in model.modules():
+        if "FullyShardedDataParallel" in class_names(module):
+            groups[id(module.process_group)] = module.process_group
+    for p in model.parameters():
+        mesh = getattr(p, "device_mesh", None)
+        if mesh is not None:
+            found = [mesh.get_group(d) for d in range(mesh.ndim)]
+        else:
+            found = [p.ds_process_group] if hasattr(p, "ds_process_group") else []
+        groups |= {id(group): group for group in found}
+    return list(groups.values())
+
+
+def _bare_forward(ddp: Any, *args: Any, **kwargs: Any) -> Any:
+    return ddp.module(*args, **kwargs)
+
+
+@contextmanager
+def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """An attribute of the instance for a while; nests."""
+    present, before = name in vars(module), vars(module).get(name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        if present:
+            setattr(module, name, before)
+        else:
+            delattr(module, name)
+
+
+def _reduces_gradients(unit: Any) -> bool:
+    state = unit._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return all(group.reduce_grads for group in groups if group is not None)
