@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from _integrations.case import SIZES
 from _integrations.report import FAILED, print_table, write_json
-from _integrations.worker import trainers
+from _integrations.worker import OK, trainers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,9 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(row["status"], flush=True)
         rows.append(row)
         if options.out is not None:
-            write_json(options.out, rows, options.size, sys.argv if arguments is None else list(arguments))
+            write_json(options.out, rows, options.size)
     print_table(rows)
-    return 1 if any(row["status"] == FAILED for row in rows) else 0
+    return 1 if any(row["status"] != OK for row in rows) else 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -65,7 +65,12 @@ def _in_a_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
         result = Path(directory) / "row.json"
         command = [sys.executable, "-m", "_integrations.worker", name, options.size, str(options.rounds), str(result)]
         ran = subprocess.run(
-            command, env=child_environment(), cwd=Path(__file__).resolve().parent, stderr=subprocess.PIPE, text=True
+            command,
+            check=False,
+            env=child_environment(),
+            cwd=Path(__file__).resolve().parent,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         if ran.returncode == 0:
             return json.loads(result.read_text())

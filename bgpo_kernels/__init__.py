@@ -13,7 +13,7 @@ from .bound import BoundStats, bgpo_loss
 from .estimators import BgpoStep, ReplayStep, bgpo_backward, elbo_logprob, replay_backward, row_logprob
 from .head import bgpo_head_loss, masked_logprob
 from .masks import CountSchedule, MaskDraw, random_mask
-from .models import patch
+from .models import block_row_logprob, patch
 from .validation import check_values
 from .workspace import set_workspace_bytes, workspace_bytes
 
@@ -28,6 +28,7 @@ __all__ = [
     "bgpo_backward",
     "bgpo_head_loss",
     "bgpo_loss",
+    "block_row_logprob",
     "check_values",
     "elbo_logprob",
     "masked_logprob",

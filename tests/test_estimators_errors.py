@@ -111,7 +111,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "schedule does not fit": ({"scheme": "bernoulli", "schedule": "harmonic"}, ValueError, "not 'harmonic'"),
     "mask id a string": ({"mask_token_id": "[MASK]"}, TypeError, "mask_token_id must be an int, got str"),
     "negative mask id": ({"mask_token_id": -1}, ValueError, "mask_token_id must be .*got -1"),
-    "mask id outside": ({"mask_token_id": V}, ValueError, "mask_token_id 61 is outside .* 61 rows"),
+    "mask id of another model": ({"mask_token_id": MASK - 1}, ValueError, "mask_token_id 59 disagrees with .* 60"),
     "temperature 0": ({"temperature": 0.0}, ValueError, "temperature must be finite and above 0"),
     "temperature a tensor": ({"temperature": torch.ones(1)}, TypeError, "temperature must be a number, got Tensor"),
     "tokens 0": ({"micro_batch_tokens": 0}, ValueError, "micro_batch_tokens must be at least 1, got 0"),
@@ -172,6 +172,8 @@ def test_a_model_that_became_causal_is_refused(call: Call) -> None:
 @every_call
 def test_mask_token_must_be_known(call: Call) -> None:
     model = never_run(bert(mask_token_id=None))
+    with pytest.raises(ValueError, match=r"mask_token_id 61 is outside .* 61 rows"):
+        call(model, mask_token_id=V)
     with pytest.raises(ValueError, match="mask_token_id is missing: the model's config has none"):
         call(model)
 

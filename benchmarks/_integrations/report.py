@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from _measure import environment, readable
 from rich.console import Console
 from rich.table import Table
@@ -44,12 +43,14 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-def write_json(path: Path, rows: Sequence[dict[str, Any]], size: str, command: Sequence[str]) -> None:
+def write_json(path: Path, rows: Sequence[dict[str, Any]], size: str) -> None:
     """Replace the file by one with all rows so far."""
     document = {
-        "benchmark": "integrations", "size": size, "command": list(command),
-        "environment": environment(torch.device("cpu")), "rows": list(rows),
-    }  # fmt: skip
+        "benchmark": "integrations",
+        "size": size,
+        "environment": environment("cpu"),
+        "rows": list(rows),
+    }
     aside = path.with_name(path.name + ".part")
     aside.write_text(json.dumps(document, indent=1) + "\n")
     os.replace(aside, path)

@@ -14,9 +14,10 @@ from ..bound.segments import SegmentBound
 from ..masks.draw import MaskDraw
 from ..masks.schedule import CountSchedule
 from ..models import HeadSpec
-from .head_pass import backward_segments, start_backward
+from .head_pass import backward_segments
 from .micro_batch import GradientGuard, MicroBatches, assert_finite_logprob
 from .problem import Problem, prepare
+from .samples import Samples
 from .sink import HeadSink
 
 
@@ -109,20 +110,26 @@ def bgpo_backward(
 
 
 def _accumulate(problem: Problem, bound: SegmentBound, active: list[int], micro_batch_tokens: int | None) -> BgpoStep:
-    sink = HeadSink(problem.model, problem.head.module)
-    guard = GradientGuard(problem.model, sink)
-    logprob = torch.full(bound.shape, torch.nan, dtype=problem.score_dtype, device=problem.device)
+    samples, batches = Samples(problem), MicroBatches(problem, micro_batch_tokens)
+    logprob = samples.empty_scores().fill_(torch.nan)
 
-    def body(b: int, lo: int, hi: int) -> None:
-        draw = problem.draw(b, lo, hi)
-        sums, roots = backward_segments(problem, draw, bound.samples(b, lo, hi), sink, problem.forward_kwargs)
-        logprob[b, lo:hi] = sums
-        start_backward(roots)
+    with batches.ranks.session():
+        sink = HeadSink(problem.head.module, sharded=batches.ranks.sharded)
+        guard = GradientGuard(problem.model, sink, batches.ranks)
 
-    with guard.accumulating():
-        MicroBatches(problem, micro_batch_tokens).run(active, body, guard.clear)
-        scored = logprob[active]
-        assert_finite_logprob(scored, [problem.sequences[b].sample_id for b in active])
+        def body(b: int, lo: int, hi: int) -> None:
+            draw = problem.draw(b, lo, hi)
+            sums, roots = backward_segments(problem, draw, bound.samples(b, lo, hi), sink, problem.forward_kwargs)
+            logprob[b, lo:hi] = sums
+            guard.backward(roots)
+
+        def idle(b: int, lo: int, hi: int) -> None:
+            guard.backward(samples.backward(b, lo, hi, torch.zeros_like(logprob[b, lo:hi]), sink))
+
+        with guard.accumulating():
+            batches.run(active, body, guard.clear, idle)
+            scored = logprob[active]
+            assert_finite_logprob(scored, [problem.sequences[b].sample_id for b in active])
     return BgpoStep(*_value(scored, bound, active, logprob))
 
 

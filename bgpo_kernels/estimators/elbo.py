@@ -1,6 +1,7 @@
 """``elbo_logprob``: the drop-in. Differentiable ELBO estimates whose graph holds numbers, not activations.
 
-See ``two_pass.py`` for how, and at what price; ``bgpo_backward`` and ``replay_backward`` need no second set of gradients.
+See ``two_pass.py`` for how, and at what price; ``bgpo_backward`` and ``replay_backward`` need no second set of
+gradients.
 """
 
 from __future__ import annotations

@@ -106,24 +106,21 @@ def backward_segments(
         done["sums"] = one_pass(head, segments, bound, into)
         if head.shard is not None:
             into.weight, into.bias = head.shard.as_parameter(into.weight), head.shard.as_parameter(into.bias)
-        roots.extend(sink.roots(into))
         if into.hidden is not None:
             flat = hidden.detach().reshape(-1, hidden.shape[-1])
             done["grad"] = scatter_rows(into.hidden, head.rows, flat, unique=distinct).view(hidden.shape)
+        if sink.sharded:
+            return sink.carry(hidden, done.get("grad"), into)
+        roots.extend(sink.roots(into))
         return hidden
 
     with torch.enable_grad():
-        hidden = call_model(called, batch, consume, kwargs)
-    if "grad" in done:
-        roots.append((hidden, done["grad"]))
+        value = call_model(called, batch, consume, kwargs)
+    if sink.sharded and value.requires_grad:
+        roots.append((value, torch.ones_like(value)))
+    elif "grad" in done:
+        roots.append((value, done["grad"]))
     return done["sums"], roots
-
-
-def start_backward(roots: Roots) -> None:
-    """Autograd from (tensor, gradient) pairs into .grad."""
-    if roots:
-        tensors, gradients = zip(*roots, strict=True)
-        torch.autograd.backward(tensors, gradients)
 
 
 def _head(called: Called, hidden: Tensor, batch: Batch) -> Head:

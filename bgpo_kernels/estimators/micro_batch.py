@@ -9,6 +9,8 @@ With ``micro_batch_tokens=None``: 2048 tokens on a CPU (GEMMs are at full rate, 
 many as a rough estimate of activation memory allows, 16384 at most, halved on out-of-memory. Halving never changes a
 result: masks do not depend on micro-batches, and a failed micro-batch leaves no trace in any .grad. (Dropout does
 depend on them: the second pass of a model that draws it raises, and the next call begins with the smaller size.)
+
+Where micro-batches are collective operations (``Ranks.sharded``) every rank walks equally far, and nothing is halved.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from .. import validation as check
 from ..models import unwrap
+from .parallel import Ranks, hooks_suspended, local
 from .sink import HeadSink
 
 CPU_TOKENS = 2048
@@ -39,6 +42,9 @@ class Group(NamedTuple):
 
     items: int
     tokens: int  # of each
+
+
+Body = Callable[[int, int, int], object]  # group, range of its items
 
 
 class Work(Protocol):
@@ -59,6 +65,7 @@ class MicroBatches:
 
     def __init__(self, work: Work, micro_batch_tokens: int | None) -> None:
         self.work, self.groups = work, work.groups
+        self.ranks = Ranks(work.model, work.device)
         self.automatic = micro_batch_tokens is None
         if micro_batch_tokens is None:
             key = unwrap(work.model)
@@ -67,6 +74,8 @@ class MicroBatches:
             self.tokens = _learned[key]
         else:
             self.tokens = check.integer("micro_batch_tokens", micro_batch_tokens, 1)
+        if self.automatic and self.ranks.sharded:
+            self.tokens = -self.ranks.most(-self.tokens)[0]
 
     def ranges(self, g: int) -> Iterator[tuple[int, int]]:
         """Ranges of group g's items; the size is read anew at every step."""
@@ -80,7 +89,7 @@ class MicroBatches:
         """Halve what was alive at an out-of-memory; False when that was one item of group g."""
         items, tokens = self.groups[g]
         alive = min(items, self.tokens // tokens)
-        if not self.automatic or alive < 2:
+        if not self.automatic or alive < 2 or self.ranks.sharded:
             return False
         self.tokens = _learned[unwrap(self.work.model)] = alive // 2 * tokens
         return True
@@ -88,15 +97,19 @@ class MicroBatches:
     def run(
         self,
         groups: list[int],
-        body: Callable[[int, int, int], None],
+        body: Body,
         restart: Callable[[], None],
+        idle: Body,
+        wanted: Callable[[int, int, int], bool] = lambda *_: True,
         pinned: bool = False,
     ) -> None:
-        """``body(g, lo, hi)`` for every range; after an out-of-memory ``restart`` undoes all and the walk begins anew.
+        """``body(g, lo, hi)`` for every wanted range; after an out-of-memory ``restart`` undoes all and it begins anew.
 
-        ``pinned``: the ranges must stay, because they have to draw the dropout of an earlier pass again.
+        ``idle`` does the same work as ``body``, to no effect. ``pinned``: the ranges must stay, because they have to
+        draw the dropout of an earlier pass again.
         """
-        while (failed := self._walk(groups, body)) is not None:
+        walk = self._walk_in_step if self.ranks.sharded else self._walk
+        while (failed := walk(groups, body, wanted, idle)) is not None:
             g, error = failed
             # Outside the except block: the traceback no longer keeps the failed graph alive.
             restart()
@@ -112,18 +125,45 @@ class MicroBatches:
 
     def _advice(self, g: int) -> str:
         rest = "use gradient checkpointing or a smaller workspace (set_workspace_bytes)"
+        if self.ranks.sharded:
+            return (
+                f"micro-batches of {self.tokens} tokens do not fit, and ranks that share weights cannot halve them "
+                f"while the others wait: pass a smaller micro_batch_tokens, or {rest}"
+            )
         if self.automatic:
             return f"one sample of {self.groups[g].tokens} tokens does not fit; {rest}"
         return f"micro_batch_tokens={self.tokens} do not fit; pass fewer, or None, which halves by itself, or {rest}"
 
-    def _walk(self, groups: list[int], body: Callable[[int, int, int], None]) -> tuple[int, str] | None:
+    def _walk(
+        self, groups: list[int], body: Body, wanted: Callable[[int, int, int], bool], _: Body
+    ) -> tuple[int, str] | None:
         for g in groups:
             for lo, hi in self.ranges(g):
+                if not wanted(g, lo, hi):
+                    continue
                 try:
                     body(g, lo, hi)
                 except torch.OutOfMemoryError as error:
                     return g, str(error)
         return None
+
+    def _walk_in_step(
+        self, groups: list[int], body: Body, wanted: Callable[[int, int, int], bool], idle: Body
+    ) -> tuple[int, str] | None:
+        """As many micro-batches as the rank that has most: the rest are one item of the shortest group, idle."""
+        count = sum(wanted(g, lo, hi) for g in groups for lo, hi in self.ranges(g))
+        most, nothing = self.ranks.most(count, not self.groups)
+        if nothing and most:
+            raise ValueError(
+                "a rank has nothing to score while others do, so it cannot keep step: give it one sequence"
+            )
+        with self.ranks.walk():
+            failed = self._walk(groups, body, wanted, idle)
+            if failed is None and most > count:
+                shortest = min(range(len(self.groups)), key=lambda g: self.groups[g].tokens)
+                for _ in range(most - count):
+                    idle(shortest, 0, 1)
+        return failed
 
 
 def _first_guess(work: Work) -> int:
@@ -145,15 +185,20 @@ class GradientGuard:
     Buffers of zeros (``zero_grad(set_to_none=False)``) are accumulated into as they are, and zeroed on failure.
     """
 
-    def __init__(self, model: nn.Module, sink: HeadSink) -> None:
+    def __init__(self, model: nn.Module, sink: HeadSink, ranks: Ranks) -> None:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("gradients cannot be made under torch.inference_mode; torch.no_grad does no harm")
+        ranks.refuse_partial_engine()
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._sink = sink
+        self._sink, self._ranks = sink, ranks
         holds = _hold_something([p.grad for p in self._parameters])
         pairs = list(zip((p.grad for p in self._parameters), holds, strict=True))
         self._aside = [grad if held else None for grad, held in pairs]
         self._zeros = [None if held else grad for grad, held in pairs]
+
+    def backward(self, roots: list[tuple[Tensor, Tensor]]) -> None:
+        """Autograd from (tensor, gradient) pairs into .grad."""
+        self._ranks.backward(roots, self._parameters)
 
     def clear(self) -> None:
         """Drop what this call has accumulated so far."""
@@ -166,11 +211,13 @@ class GradientGuard:
         """Inside, .grad holds this call's gradients alone; leaving adds them to the earlier ones, or restores those."""
         for parameter, zeros in zip(self._parameters, self._zeros, strict=True):
             parameter.grad = zeros
+        waiting = self._parameters if self._ranks.replicated else []  # the sum will meet their hooks
         try:
-            yield
-            _assert_finite(self._sink.outside_grad())
-            self._sink.flush()
-            _assert_finite([p.grad for p in self._parameters if p.grad is not None])
+            with hooks_suspended(waiting), self._ranks.together():
+                yield
+                _assert_finite(self._sink.outside_grad())
+                self._sink.flush()
+                _assert_finite([p.grad for p in self._parameters if p.grad is not None])
         except BaseException:
             self.clear()
             self._bring_back(add=False)
@@ -178,6 +225,13 @@ class GradientGuard:
         self._bring_back(add=True)
 
     def _bring_back(self, add: bool) -> None:
+        if add and self._ranks.replicated:
+            totals = [p.grad for p in self._parameters]
+            for parameter, before in zip(self._parameters, self._aside, strict=True):
+                parameter.grad = before
+            self._zeros.clear()
+            self._ranks.deliver(self._parameters, totals)
+            return
         for parameter, before in zip(self._parameters, self._aside, strict=True):
             if before is None:
                 continue
@@ -196,7 +250,7 @@ def _assert_finite(gradients: list[Tensor]) -> None:
 
 def _hold_something(gradients: list[Tensor | None]) -> list[bool]:
     """Which gradients exist and are not all zeros; one host read."""
-    present = [g for g in gradients if g is not None]
+    present = [local(g) for g in gradients if g is not None]
     if not present:
         return [False] * len(gradients)
     flags = iter(torch.stack([g.any().to(present[0].device) for g in present]).tolist())
@@ -204,9 +258,9 @@ def _hold_something(gradients: list[Tensor | None]) -> list[bool]:
 
 
 def largest_magnitude(tensors: list[Tensor]) -> Tensor:
-    """max |x| over all entries as a scalar on the first tensor's device; NaN if there is one. No copy of a tensor."""
+    """max |x| over all entries that this rank holds, on the first tensor's device; NaN if there is one. No copies."""
     device = tensors[0].device
-    norms = (torch.linalg.vector_norm(t.detach(), torch.inf) for t in tensors if t.numel())
+    norms = (torch.linalg.vector_norm(t, torch.inf) for t in map(local, tensors) if t.numel())
     tops = [norm.to(device=device, dtype=torch.float64) for norm in norms]
     return torch.stack(tops).amax() if tops else torch.zeros((), device=device)
 

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import unwrap
-from ..models.heads import class_names, next_wrapper
+from ..models.heads import _CALL_WRAPPERS, _class_names
 
 _FAILURES: list[type[Exception]] = [RuntimeError, torch.OutOfMemoryError, FloatingPointError]  # the gravest last
 _MAX_RANKS = 1 << 32
@@ -34,16 +33,23 @@ class Ranks:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._device = device
         self._ddp = _ddp_around(model)
-        self._units = [m for m in model.modules() if "FSDPModule" in class_names(m)]
+        self._engine = model if "DeepSpeedEngine" in _class_names(model) else None
+        self._units = [m for m in model.modules() if "FSDPModule" in _class_names(m)]
+        for unit in self._units:  # what an earlier forward left gathered does not show its process group
+            unit.reshard()
         groups = _sharding_groups(model)
         self.sharded = bool(groups)  #: whether every micro-batch is a collective operation
         if self._ddp is not None and self._ddp.require_backward_grad_sync:
             groups.append(self._ddp.process_group)
         self._groups = groups
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._in_a_walk = False
 
     # ----------------------------------------------------------------------------------------------- agreement
+
+    @property
+    def agree(self) -> bool:
+        """Whether there is anyone to agree with."""
+        return bool(self._groups)
 
     def most(self, *numbers: int) -> list[int]:
         """The largest of each number over the ranks."""
@@ -88,15 +94,13 @@ class Ranks:
     def session(self) -> Iterator[None]:
         """Makes the wrappers fit for many forwards and backwards in one call, and puts them back.
 
-        DDP: its forward is that of the module inside; hooks on parameters wait for the sum. FSDP2: parameters are
-        sharded as it begins and ends (its root stays gathered after a forward, and would then miss an optimizer step);
-        gradients are reduced per micro-batch even where the user put that off, since what is not reduced is not in
-        .grad and could not be undone.
+        DDP: its forward is that of the module inside. FSDP2: parameters are sharded as it begins and ends (its root
+        stays gathered after a forward, and would then miss an optimizer step); gradients are reduced per micro-batch
+        even where the user put that off, since what is not reduced is not in .grad and could not be undone.
         """
         with ExitStack() as stack:
             if self._ddp is not None:
                 stack.enter_context(_attribute(self._ddp, "forward", partial(_bare_forward, self._ddp)))
-                stack.enter_context(hooks_suspended(self._parameters))
             for unit in self._units:
                 unit.reshard()
                 if not _reduces_gradients(unit):
@@ -109,27 +113,52 @@ class Ranks:
                     for unit in self._units:
                         unit.reshard()
 
+    def backward(self, roots: list[tuple[Tensor, Tensor]], parameters: list[nn.Parameter]) -> None:
+        """Autograd from (tensor, gradient) pairs into .grad of the parameters."""
+        if not roots:
+            return
+        tensors, gradients = zip(*roots, strict=True)
+        if self._engine is not None:
+            with torch.enable_grad():  # it may multiply by its loss scale, perhaps within the caller's backward
+                self._engine.backward(tensors[0], scale_wrt_gas=False)
+            return
+        if self._ddp is None or not self._ddp.static_graph:
+            torch.autograd.backward(tensors, gradients)
+            return
+        # This DDP counts whatever autograd accumulates, in its first iteration and between iterations too.
+        found = torch.autograd.grad(tensors, parameters, gradients, allow_unused=True)
+        for parameter, new in zip(parameters, found, strict=True):
+            if new is not None:
+                parameter.grad = new if parameter.grad is None else parameter.grad + new
+
+    def after_what_is_under_way(self, run: Callable[[], None]) -> None:
+        """Run it, within a backward: now, or after FSDP2's own last step where that backward is already in FSDP2."""
+        states = [unit._get_fsdp_state()._state_ctx for unit in self._units]
+        if any(state.post_backward_final_callback_queued for state in states):
+            torch.autograd.Variable._execution_engine.queue_callback(run)  # type: ignore[operator]
+        else:
+            run()
+
+    def refuse_partial_engine(self) -> None:
+        """ValueError for what adds to .grad by itself under a DeepSpeedEngine that is not of stage 3."""
+        if self._engine is not None and not self.sharded:
+            raise ValueError(
+                "a DeepSpeedEngine of ZeRO stage 0, 1 or 2 takes gradients only from its own backward: use "
+                "loss = ...(elbo_logprob(engine, ...)); engine.backward(loss), or ZeRO stage 3"
+            )
+
+    def without_loss_scale(self, grad: Tensor) -> Tensor:
+        """The gradient that came down from a loss, less what DeepSpeed multiplies each replay with once more."""
+        scale = getattr(getattr(self._engine, "optimizer", None), "loss_scale", 1.0)
+        return grad if scale == 1.0 else grad / scale
+
     def through(self, make: Callable[[], Tensor]) -> Tensor:
         """``make()`` as the output of DDP's own forward, so that its backward is one whose gradients DDP averages."""
         ddp = self._ddp
         if ddp is None:
             return make()
-        inner = ddp.module
-
-        class _Stand(nn.Module):
-            def forward(self) -> Tensor:
-                ddp.module = inner
-                try:
-                    with _attribute(ddp, "forward", partial(_bare_forward, ddp)):
-                        return make()
-                finally:
-                    ddp.module = self
-
-        try:
-            ddp.module = _Stand()
-            return ddp()
-        finally:
-            ddp.module = inner
+        with _attribute(ddp, "_run_ddp_forward", partial(_without_ddp, ddp, make)):
+            return type(ddp).forward(ddp)  # ddp.forward itself is another one within a session
 
     @property
     def replicated(self) -> bool:
@@ -159,7 +188,7 @@ class _Deliver(torch.autograd.Function):
 
 
 @contextmanager
-def hooks_suspended(parameters: list[nn.Parameter] | tuple[Tensor, ...]) -> Iterator[None]:
+def hooks_suspended(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Hooks on parameters see the total in a later backward; inner backwards would run them on every part as well."""
     names = ("_backward_hooks", "_post_accumulate_grad_hooks")
     hooks = [found for p in parameters for name in names if (found := getattr(p, name, None))]
@@ -180,26 +209,28 @@ def local(tensor: Tensor) -> Tensor:
 
 def _ddp_around(model: nn.Module) -> Any:
     """The DistributedDataParallel among the outer wrappers of a model, or None."""
-    found: nn.Module | None = model
-    while found is not None and "DistributedDataParallel" not in class_names(found):
-        found = next_wrapper(found)
-    return found
+    while "DistributedDataParallel" not in (names := _class_names(model)):
+        wrapper = next((name for name in names if name in _CALL_WRAPPERS), None)
+        if wrapper is None:
+            return None
+        model = _CALL_WRAPPERS[wrapper](model)
+    return model
 
 
 def _sharding_groups(model: nn.Module) -> list[Any]:
-    """The process groups that take part in every forward."""
-    groups: dict[int, Any] = {}
-    for module in model.modules():
-        if "FullyShardedDataParallel" in class_names(module):
-            groups[id(module.process_group)] = module.process_group
-    for p in model.parameters():
-        mesh = getattr(p, "device_mesh", None)
-        if mesh is not None:
-            found = [mesh.get_group(d) for d in range(mesh.ndim)]
-        else:
-            found = [p.ds_process_group] if hasattr(p, "ds_process_group") else []
-        groups |= {id(group): group for group in found}
-    return list(groups.values())
+    """The process groups that gather weights in every forward."""
+    modules = [(m, _class_names(m)) for m in model.modules()]
+    found = [m.process_group for m, names in modules if "FullyShardedDataParallel" in names]
+    found += [p.ds_process_group for p in model.parameters() if hasattr(p, "ds_process_group")]
+    if any("FSDPModule" in names for _, names in modules):
+        meshes = [p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")]
+        found += [mesh.get_group(d) for mesh in meshes for d in range(mesh.ndim)]
+    return list({id(group): group for group in found}.values())
+
+
+def _without_ddp(ddp: Any, make: Callable[[], Tensor]) -> Tensor:
+    with _attribute(ddp, "forward", partial(_bare_forward, ddp)):
+        return make()
 
 
 def _bare_forward(ddp: Any, *args: Any, **kwargs: Any) -> Any:

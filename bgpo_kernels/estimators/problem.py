@@ -19,7 +19,7 @@ from ..masks.draw import MaskDraw
 from ..masks.functional import check_draw_tensors, check_response, draw_unchecked, make_spec
 from ..masks.reference import Facts
 from ..masks.schedule import CountSchedule, DrawSpec
-from ..models import HeadSpec, assert_bidirectional, find_head, forward_kwargs, unwrap
+from ..models import HeadSpec, assert_bidirectional, default_mask_token_id, find_head, forward_kwargs, unwrap
 from .micro_batch import Group
 
 
@@ -171,12 +171,21 @@ def _attended(attention_mask: Any, input_ids: Tensor, response_mask: Tensor) -> 
 
 
 def _mask_token_id(model: nn.Module, given: int | None) -> int:
-    if given is not None:
-        return check.integer("mask_token_id", given, 0)
-    found = getattr(getattr(unwrap(model), "config", None), "mask_token_id", None)
-    if found is None:
-        raise ValueError("mask_token_id is missing: the model's config has none, so pass the tokenizer's mask_token_id")
-    return int(found)
+    own = getattr(getattr(unwrap(model), "config", None), "mask_token_id", None)
+    if given is None:
+        own = default_mask_token_id(model) if own is None else own
+        if own is None:
+            raise ValueError(
+                "mask_token_id is missing: the model's config has none, so pass the tokenizer's mask_token_id"
+            )
+        return int(own)
+    given = check.integer("mask_token_id", given, 0)
+    if own is not None and given != own:
+        raise ValueError(
+            f"mask_token_id {given} disagrees with the model, whose config says {own}: is the tokenizer that of "
+            "another model? Pass None for the model's own, or set model.config.mask_token_id"
+        )
+    return given
 
 
 def _check_vocabulary(
@@ -188,8 +197,7 @@ def _check_vocabulary(
     attended: Tensor | None,
 ) -> None:
     """``tokens`` [B, T] or [B, n, T] by argument name; padding may hold anything."""
-    weight: Any = spec.module.weight
-    size = weight.shape[0]
+    size = spec.vocab_size
     if max_id >= size:
         raise ValueError(f"response id {max_id} (input_ids or draw.targets) is outside the head's vocabulary of {size}")
     known = check_embedding(model, tokens, attended)

@@ -17,7 +17,6 @@ from ..masks.draw import MaskDraw
 from ..masks.schedule import CountSchedule
 from ..models import HeadSpec
 from .dropout import DropoutSeeds
-from .head_pass import start_backward
 from .micro_batch import GradientGuard, MicroBatches, assert_finite_logprob
 from .problem import prepare
 from .samples import Samples
@@ -70,15 +69,16 @@ def replay_backward(
         backend=backend,
     )  # fmt: skip
     batches = MicroBatches(problem, micro_batch_tokens)
-    samples, seeds = Samples(problem), DropoutSeeds(model)
-    sink = HeadSink(model, problem.head.module)
-    guard = GradientGuard(model, sink)
-    scores = score_all(samples, batches, seeds)
-    assert_finite_logprob(scores, [s.sample_id for s in problem.sequences])
-    loss, coefficients = _differentiate(objective, scores)
-
-    with guard.accumulating():
-        backward_all(samples, batches, seeds, coefficients, sink, start_backward, guard.clear)
+    samples, seeds, ranks = Samples(problem), DropoutSeeds(model), batches.ranks
+    with ranks.session():
+        sink = HeadSink(problem.head.module, sharded=ranks.sharded)
+        guard = GradientGuard(model, sink, ranks)
+        with ranks.together():
+            scores = score_all(samples, batches, seeds)
+            assert_finite_logprob(scores, [s.sample_id for s in problem.sequences])
+            loss, coefficients = _differentiate(objective, scores)
+        with guard.accumulating():
+            backward_all(samples, batches, seeds, coefficients, sink, guard.backward, guard.clear)
     return ReplayStep(loss, scores)
 
 

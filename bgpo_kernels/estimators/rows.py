@@ -62,8 +62,8 @@ def row_logprob(
         model_kwargs: further arguments of the model's forward. Tensors with P as first dimension are cut with the
             micro-batches; those that begin with ``[P, T]`` lose their padding with the tokens.
         micro_batch_tokens: tokens alive at once; None chooses by free memory and halves on out-of-memory.
-        replay: None: keep the graph of a single micro-batch, replay several. True: always replay (one forward more,
-            flat memory). False: never (the graphs of all micro-batches stay).
+        replay: None: keep the graph where all tokens together are no more than a micro-batch, otherwise replay. True:
+            always replay (one forward more, flat memory). False: never (the graphs of all micro-batches stay).
         head: as :func:`bgpo_backward`.
 
     Returns:
@@ -96,19 +96,31 @@ def row_logprob(
 
 def _run(work: Rows, micro_batch_tokens: int | None, replay: bool | None) -> Tensor:
     batches = MicroBatches(work, micro_batch_tokens)
-    single = len(work.groups) == 1 and batches.tokens >= work.groups[0].items * work.groups[0].tokens
-    if not torch.is_grad_enabled() or replay or (replay is None and not single):
+    ranks = batches.ranks
+    if not torch.is_grad_enabled() or replay:
         return differentiable_scores(work, batches)
     if replay is None:
-        try:
-            return work.scores(0, 0, work.groups[0].items)
-        except torch.OutOfMemoryError:
-            if not batches.shrink(0):
-                raise
+        fits = 0 < sum(items * tokens for items, tokens in work.groups) <= batches.tokens
+        if not any(ranks.most(not fits)):  # ranks that reduce gradients together all take the same way
+            try:
+                return ranks.through(work.all_scores)
+            except torch.OutOfMemoryError:
+                if ranks.agree or (len(work.groups) == 1 and not batches.shrink(0)):
+                    raise
         return differentiable_scores(work, batches)
+    if ranks.sharded:
+        raise ValueError(
+            "replay=False keeps as many graphs as there are micro-batches, which differ between the ranks "
+            "that share this model's weights: pass replay=None or True"
+        )
     parts: list[Tensor] = []
-    batches.run(list(range(len(work.groups))), lambda g, lo, hi: parts.append(work.scores(g, lo, hi)), parts.clear)
-    return torch.cat(parts, -1)
+
+    def all_graphs() -> Tensor:
+        body = lambda g, lo, hi: parts.append(work.scores(g, lo, hi))  # noqa: E731
+        batches.run(list(range(len(work.groups))), body, parts.clear, idle=work.score)
+        return torch.cat(parts, -1)
+
+    return ranks.through(all_graphs)
 
 
 @dataclass(frozen=True)
@@ -184,11 +196,16 @@ class Rows:
                 both = masked_logprob(
                     hidden, module.weight, cut.targets, rows=cut.rows - self.head.shift,
                     bias=getattr(module, "bias", None), temperature=f.temperature, softcap=f.softcap,
-                    logit_scale=f.scale, support=support, return_entropy=self.entropy, backend=self.backend,
+                    logit_scale=f.scale, support=support, return_entropy=self.entropy, tp_group=self.head.tp_group,
+                    backend=self.backend,
                 )  # fmt: skip
             return torch.stack(both) if isinstance(both, tuple) else both[None]
 
         return call_model(self, cut, consume, self._kwargs(g, lo, hi))
+
+    def all_scores(self) -> Tensor:
+        """Those of all groups, one forward for each, with their graphs."""
+        return torch.cat([self.scores(g, 0, items) for g, (items, _) in enumerate(self.groups)], -1)
 
     def backward(self, g: int, lo: int, hi: int, coefficients: Tensor, sink: HeadSink) -> Roots:
         if self.support is None and not self.entropy:
@@ -241,7 +258,6 @@ def _prepare(
     check.dtype("input_ids", check.tensor("input_ids", input_ids), torch.int64)
     check.shape("input_ids", input_ids, ("P", "T"))
     spec = find_head(model, head)
-    weight: Any = spec.module.weight
     temperature = check.number("temperature", temperature, 0.0, exclusive=True)
     resolved = resolve(backend, input_ids.device)
     attended = padding_of(attention_mask, input_ids)
@@ -252,11 +268,11 @@ def _prepare(
     token = flat % input_ids.shape[1]
     if attended is not None:
         token = (attended.cumsum(-1) - 1).flatten()[flat]
-    check.values(check.outside("targets", targets, 0, weight.shape[0], "vocabulary of the head"))
+    check.values(check.outside("targets", targets, 0, spec.vocab_size, "vocabulary of the head"))
     check_embedding(model, {"input_ids": input_ids}, attended)
     _check_rows(spec.shift, attended, flat, token)
     if support is not None:
-        check_support(support, targets, weight.shape[0])
+        check_support(support, targets, spec.vocab_size)
     if "attention_mask" not in given:  # whoever makes the mask decides on the attention
         assert_bidirectional(model, spec)
 

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models import HeadSpec
 from .dropout import DropoutSeeds
 from .head_pass import Roots
-from .micro_batch import MicroBatches, Work, largest_magnitude
+from .micro_batch import GradientGuard, MicroBatches, Work, largest_magnitude
+from .parallel import hooks_suspended
 from .sink import HeadSink
 
 
@@ -51,11 +53,14 @@ def score_all(scored: Scored, batches: MicroBatches, seeds: DropoutSeeds) -> Ten
     """All scores, without gradient."""
     scores = scored.empty_scores()
 
-    def body(g: int, lo: int, hi: int) -> None:
+    def idle(g: int, lo: int, hi: int) -> Tensor:
         with seeds.at(g, lo):
-            scores[scored.place(g, lo, hi)] = scored.score(g, lo, hi)
+            return scored.score(g, lo, hi)
 
-    batches.run(list(range(len(batches.groups))), body, restart=lambda: None)
+    def body(g: int, lo: int, hi: int) -> None:
+        scores[scored.place(g, lo, hi)] = idle(g, lo, hi)
+
+    batches.run(list(range(len(batches.groups))), body, lambda: None, idle)
     return scores
 
 
@@ -71,57 +76,103 @@ def backward_all(
     """Back-propagate every micro-batch with its coefficients; ``carry_on`` starts autograd for one of them."""
     wanted = scored.wanted(coefficients)
 
-    def body(g: int, lo: int, hi: int) -> None:
-        if not any(wanted[g][lo:hi]):
-            return
+    def replay(g: int, lo: int, hi: int, slopes: Tensor) -> None:
         with seeds.at(g, lo):
-            roots = scored.backward(g, lo, hi, coefficients[scored.place(g, lo, hi)], sink)
-        if roots:
-            carry_on(roots)
+            roots = scored.backward(g, lo, hi, slopes, sink)
+        carry_on(roots)
 
-    batches.run(list(range(len(wanted))), body, restart, pinned=seeds.drawn)
+    batches.run(
+        list(range(len(wanted))),
+        lambda g, lo, hi: replay(g, lo, hi, coefficients[scored.place(g, lo, hi)]),
+        restart,
+        idle=lambda g, lo, hi: replay(g, lo, hi, torch.zeros_like(coefficients[scored.place(g, lo, hi)])),
+        wanted=lambda g, lo, hi: any(wanted[g][lo:hi]),
+        pinned=seeds.drawn,
+    )
 
 
 def differentiable_scores(scored: Scored, batches: MicroBatches) -> Tensor:
     """All scores; under grad mode, differentiable at memory that does not depend on their number."""
-    parameters = [p for p in scored.model.parameters() if p.requires_grad]
-    if torch.is_grad_enabled() and parameters:
-        return _TwoPass.apply(scored, batches, *parameters)
-    return score_all(scored, batches, DropoutSeeds(scored.model))
+    ranks, seeds = batches.ranks, DropoutSeeds(scored.model)
+    with ranks.session():
+        parameters = [p for p in scored.model.parameters() if p.requires_grad]
+        if not torch.is_grad_enabled() or not parameters:
+            return score_all(scored, batches, seeds)
+        with ranks.together():
+            scores = score_all(scored, batches, seeds)
+    run = _Run(scored, batches, seeds, _autocast_options(scored.device.type), parameters, scores)
+    # Sharded ones have no gradients to return: these are made, and reduced, while the parameters are gathered.
+    inputs = [torch.zeros((), requires_grad=True)] if ranks.sharded else parameters
+    return ranks.through(lambda: _TwoPass.apply(run, *inputs))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the first pass leaves to the second."""
+
+    scored: Scored
+    batches: MicroBatches
+    seeds: DropoutSeeds
+    autocast: dict[str, Any]
+    parameters: list[nn.Parameter]
+    scores: Tensor
+
+    def again(
+        self, grad: Tensor, sink: HeadSink, carry_on: Callable[[Roots], None], restart: Callable[[], None]
+    ) -> None:
+        """The second pass."""
+        backward_all(self.scored, self.batches, self.seeds, grad, sink, carry_on, restart)
+
+    def into_grad(self, grad: Tensor) -> None:
+        """The second pass, all or nothing into .grad."""
+        ranks = self.batches.ranks
+        sink = HeadSink(self.scored.head.module, sharded=ranks.sharded)
+        with self.conditions():
+            guard = GradientGuard(self.scored.model, sink, ranks)
+            with guard.accumulating():
+                self.again(ranks.without_loss_scale(grad), sink, guard.backward, guard.clear)
+
+    @contextmanager
+    def conditions(self) -> Iterator[None]:
+        """Those of the first pass."""
+        with torch.autocast(**self.autocast), self.seeds.modes(), self.batches.ranks.session():
+            yield
 
 
 class _TwoPass(torch.autograd.Function):
-    """Scores in forward, replays in backward; the parameters are inputs so that autograd knows what depends on them."""
+    """Scored before, replays in backward; the parameters are inputs so that autograd knows what depends on them."""
 
     @staticmethod
-    def forward(ctx: Any, scored: Scored, batches: MicroBatches, *parameters: Tensor) -> Tensor:
-        ctx.scored, ctx.batches, ctx.parameters = scored, batches, parameters
-        ctx.versions = [p._version for p in parameters]
-        ctx.seeds = DropoutSeeds(scored.model)
-        ctx.autocast = _autocast_options(scored.device.type)
-        return score_all(scored, batches, ctx.seeds)
+    def forward(ctx: Any, run: _Run, *_: Tensor) -> Tensor:
+        ctx.run = run
+        ctx.versions = [p._version for p in run.parameters]
+        return run.scores.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scored, parameters = ctx.scored, ctx.parameters
+        run, parameters = ctx.run, ctx.run.parameters
+        name, head = run.scored.name, run.scored.head.module
         if torch.is_grad_enabled():  # create_graph=True; the graph of the replays is gone by then
-            raise RuntimeError(f"{scored.name} cannot be differentiated twice")
+            raise RuntimeError(f"{name} cannot be differentiated twice")
         if ctx.versions != [p._version for p in parameters]:
             raise RuntimeError(
-                f"parameters were modified in place between {scored.name} and the backward of its result (an optimizer "
-                f"step?): call backward first, or call {scored.name} again"
+                f"parameters were modified in place between {name} and the backward of its result (an optimizer "
+                f"step?): call backward first, or call {name} again"
             )
-        totals = _Totals(parameters)
-        sink = HeadSink(scored.model, scored.head.module, through_autograd=True)
-        with torch.autocast(**ctx.autocast), ctx.seeds.modes(), _hooks_suspended(parameters):
-            backward_all(scored, ctx.batches, ctx.seeds, grad, sink, totals.add, totals.clear)
-        return (None, None, *totals.finite(scored.name))
+        ranks = run.batches.ranks
+        if ranks.sharded:  # parameters are gathered and reduced by hooks that autograd.grad does not run
+            ranks.after_what_is_under_way(lambda: run.into_grad(grad))
+            return None, None
+        sink, totals = HeadSink(head, through_autograd=True), _Totals(parameters)
+        with run.conditions(), hooks_suspended(parameters), ranks.together():
+            run.again(grad, sink, totals.add, totals.clear)
+            return (None, *totals.finite(name))
 
 
 class _Totals:
     """Sums of the parameters' gradients, apart from .grad."""
 
-    def __init__(self, parameters: tuple[Tensor, ...]) -> None:
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
         self._parameters = parameters
         self.clear()
 
@@ -131,6 +182,8 @@ class _Totals:
 
     def add(self, roots: Roots) -> None:
         """Those of one micro-batch."""
+        if not roots:
+            return
         tensors, slopes = map(list, zip(*roots, strict=True))
         found = torch.autograd.grad(tensors, self._parameters, slopes, allow_unused=True)
         for i, new in enumerate(found):
@@ -156,17 +209,3 @@ def _autocast_options(device_type: str) -> dict[str, Any]:
     """The autocast setting of the forward, on or off, for a backward that runs outside or inside one."""
     enabled = torch.is_autocast_enabled(device_type)
     return {"device_type": device_type, "dtype": torch.get_autocast_dtype(device_type), "enabled": enabled}
-
-
-@contextmanager
-def _hooks_suspended(parameters: tuple[Tensor, ...]) -> Iterator[None]:
-    """Tensor hooks see the total in the caller's backward; the inner backwards would run them on every part as well."""
-    hooks = [p._backward_hooks for p in parameters if p._backward_hooks]
-    kept = [dict(h) for h in hooks]
-    for h in hooks:
-        h.clear()
-    try:
-        yield
-    finally:
-        for h, entries in zip(hooks, kept, strict=True):
-            h.update(entries)

@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ from ..native import with_huge_pages
 from ..workspace import chunk_capacity, logits_buffer
 from .chunks import Group, cut, plan
 from .options import LogitTransform
+from .parallel import ShardKernels, VocabShard, is_dtensor
 
 #: Rows of a forward GEMM on a GPU; a power of two. See the module's docstring.
 PANEL_ROWS = 512
@@ -69,12 +71,19 @@ class Head:
     """A head problem: N rows of ``hidden`` against the vocabulary. Tensors are detached: no autograd here."""
 
     hidden: Tensor  # [R, H]
-    weight: Tensor  # [V, H]
+    weight: Tensor  # [V, H], or this rank's rows of it, as those of bias
     bias: Tensor | None  # [V]
     rows: Tensor | None  # [N] into R; None: all rows
     targets: Tensor  # [N]
     transform: LogitTransform
     backend: str  # resolved; not "reference"
+    shard: VocabShard | None = None  # of a weight that is cut over ranks
+
+    @property
+    def kernels(self) -> Any:
+        """The row kernels: a module, or one dressed for a shard."""
+        plain = engine("head", self.backend)
+        return plain if self.shard is None else ShardKernels(plain, self.shard)
 
     @property
     def num_rows(self) -> int:
@@ -101,9 +110,15 @@ class Head:
         return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
 
     @property
+    def _workspace_rows(self) -> int:
+        """Rows that the workspace holds. Ranks exchange numbers chunk by chunk, so all count with the largest shard."""
+        columns = self.weight.shape[0] if self.shard is None else self.shard.largest
+        return chunk_capacity(columns, self.logits_dtype, self.hidden.device)
+
+    @property
     def capacity(self) -> int:
         """Rows of a chunk; whole panels where there are panels."""
-        rows = chunk_capacity(self.weight.shape[0], self.logits_dtype, self.hidden.device)
+        rows = self._workspace_rows
         return rows if self.panel is None else rows - rows % self.panel
 
     @property
@@ -111,8 +126,7 @@ class Head:
         """Rows of a forward GEMM, None for a whole chunk: PANEL_ROWS, or what the workspace holds of them."""
         if not runs_in_panels(self.hidden.device):
             return None
-        rows = chunk_capacity(self.weight.shape[0], self.logits_dtype, self.hidden.device)
-        return min(PANEL_ROWS, 1 << (rows.bit_length() - 1))
+        return min(PANEL_ROWS, 1 << (self._workspace_rows.bit_length() - 1))
 
     def gemm_weight(self) -> Tensor:
         """The weight as the GEMMs take it; a cast copy only under autocast or for fp16 on a CPU."""
@@ -131,15 +145,22 @@ class Gradients:
     """Accumulators of one backward: each is None when not wanted. dW and db are fp32 sums over chunks (fp64 for fp64).
 
     ``weight`` and ``bias`` may be handed in, so that sums go straight into an existing ``.grad``; otherwise the first
-    chunk writes them. ``hidden`` is [N, H], the gradient of each gathered row.
+    chunk writes them. ``hidden`` is [N, H], the gradient of each gathered row. Of a head cut over ranks, ``hidden`` is
+    this rank's part, in fp32, until ``complete`` adds those of the others.
     """
 
     def __init__(self, head: Head, hidden: bool, weight: Tensor | bool, bias: Tensor | bool) -> None:
         device, width = head.hidden.device, head.weight.shape[1]
-        self.hidden = torch.empty(head.num_rows, width, dtype=head.gemm_dtype, device=device) if hidden else None
+        dtype = head.gemm_dtype if head.shard is None else head.stats_dtype
+        self.hidden = torch.empty(head.num_rows, width, dtype=dtype, device=device) if hidden else None
         self._want_weight, self._want_bias = weight is not False, bias is not False and head.bias is not None
-        self.weight = weight if isinstance(weight, Tensor) else None
-        self.bias = bias if isinstance(bias, Tensor) else None
+        self.weight = _local(weight) if isinstance(weight, Tensor) else None
+        self.bias = _local(bias) if isinstance(bias, Tensor) else None
+
+    def complete(self, head: Head) -> None:
+        """Add up what the ranks made of the hidden rows' gradient."""
+        if head.shard is not None and self.hidden is not None:
+            head.shard.add_up_(self.hidden)
 
     @property
     def wanted(self) -> bool:
@@ -156,12 +177,7 @@ class Gradients:
             dtype = head.weight.dtype if single else head.stats_dtype
             fresh = torch.empty_like(head.weight, dtype=dtype, memory_format=torch.contiguous_format)
             self.weight = with_huge_pages(fresh)
-            if dtype == dlogits.dtype:
-                torch.mm(dlogits.T, x, out=self.weight)
-            elif head.wide_output:
-                torch.mm(dlogits.T, x, out_dtype=dtype, out=self.weight)
-            else:
-                self.weight.copy_(torch.mm(dlogits.T, x))
+            _product(dlogits.T, x, self.weight, head)
         elif self.weight.dtype == dlogits.dtype:
             self.weight.addmm_(dlogits.T, x)
         elif head.wide_output and _addmm_accumulates_wide():
@@ -183,19 +199,34 @@ class Gradients:
             self.bias.add_(sums)
 
 
+def _local(accumulator: Any) -> Tensor:
+    """This rank's memory of a .grad that is a DTensor."""
+    return accumulator.to_local() if is_dtensor(accumulator) else accumulator
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, head: Head) -> None:
+    """out = a b, in the dtype of ``out`` wherever the GEMM can write that."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif head.wide_output:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch.mm(a, b))
+
+
 class _Chunk:
     """One chunk in the workspace: its gathered hidden rows, its logits, then, in the same memory, their gradient."""
 
     def __init__(self, head: Head, weight: Tensor, begin: int, end: int) -> None:
         self.head, self.w, self.begin, self.end = head, weight, begin, end
-        self.kernels = engine("head", head.backend)
+        self.kernels = head.kernels
         self.targets = head.targets[begin:end]
         rows, panel = end - begin, head.panel or max(1, end - begin)
         padded = -(-rows // panel) * panel
         x = self._gather(padded)
         logits = logits_buffer(padded, weight.shape[0], head.logits_dtype, head.hidden.device)
         for i in range(0, padded, panel):
-            self._multiply(x[i : i + panel], logits[i : i + panel])
+            _product(x[i : i + panel], weight.T, logits[i : i + panel], head)
         self.x, self.logits = x[:rows], logits[:rows]
 
     def _gather(self, padded: int) -> Tensor:
@@ -212,12 +243,6 @@ class _Chunk:
         if x.shape[0] != padded:
             x = torch.nn.functional.pad(x, (0, 0, 0, padded - rows))
         return x.to(head.gemm_dtype)
-
-    def _multiply(self, x: Tensor, logits: Tensor) -> None:
-        if logits.dtype == x.dtype:
-            torch.mm(x, self.w.T, out=logits)
-        else:
-            torch.mm(x, self.w.T, out_dtype=logits.dtype, out=logits)
 
     def statistics(self, stats: Tensor, entropy: bool) -> None:
         """Fills the chunk's columns of ``stats`` [4, N]."""
@@ -255,7 +280,7 @@ class _Chunk:
 
     def _feed(self, dlogits: Tensor, live: Tensor, into: Gradients, last: bool) -> None:
         if into.hidden is not None:
-            torch.mm(dlogits, self.w, out=into.hidden[self.begin : self.end])
+            _product(dlogits, self.w, into.hidden[self.begin : self.end], self.head)
         into.add_weight(dlogits, self.x, live, self.head, last)
         into.add_bias(dlogits, self.head)
 
@@ -295,6 +320,7 @@ def gradients(
         chunk = _Chunk(head, weight, begin, end)
         upstream = None if grad_entropy is None else grad_entropy[begin:end]
         chunk.backward(stats, grad_logprob[begin:end], upstream, into, last=len(pieces) == 1)
+    into.complete(head)
 
 
 @dataclass(frozen=True)
@@ -328,6 +354,7 @@ def one_pass(head: Head, segments: Segments, bound: SegmentBound, into: Gradient
             run.twice()
         elif group.pieces:
             run.in_one_chunk()
+    into.complete(head)
     return sums
 
 

@@ -23,20 +23,51 @@ Importing this package imports neither transformers nor peft.
 from __future__ import annotations
 
 from .bidirectional import make_bidirectional
-from .heads import Capture, HeadSpec, capture_head, find_head, forward_kwargs, register, unwrap, without_gradient
+from .block_diffusion import block_row_logprob
+from .block_masks import block_diffusion_inputs, block_layout, block_mask, block_visible
+from .block_probe import assert_block_semantics
+from .checkpoint import load_native
+from .heads import (
+    Capture,
+    HeadSpec,
+    capture_head,
+    default_block_length,
+    default_mask_token_id,
+    find_head,
+    forward_kwargs,
+    model_spec,
+    register,
+    unwrap,
+    without_gradient,
+)
+from .known_models import ModelSpec
 from .patched import Patched, patch
 from .probe import assert_bidirectional, assume_bidirectional
+from .remote import load_remote, padding_problem
 
 __all__ = [
     "Capture",
     "HeadSpec",
+    "ModelSpec",
     "Patched",
     "assert_bidirectional",
+    "assert_block_semantics",
     "assume_bidirectional",
+    "block_diffusion_inputs",
+    "block_layout",
+    "block_mask",
+    "block_row_logprob",
+    "block_visible",
     "capture_head",
+    "default_block_length",
+    "default_mask_token_id",
     "find_head",
     "forward_kwargs",
+    "load_native",
+    "load_remote",
     "make_bidirectional",
+    "model_spec",
+    "padding_problem",
     "patch",
     "register",
     "unwrap",

@@ -144,7 +144,7 @@ def _at_the_head(module: nn.Module, logprob: Callable[[Tensor], Tensor]) -> Iter
         _refuse_unfit(module, input)
         return logprob(input)
 
-    forward.stand_in = True  # type: ignore[attr-defined]  # find_head knows us by it
+    vars(forward)["stand_in"] = True  # find_head knows us by it
     setattr(module, attribute, forward)
     try:
         yield
@@ -182,7 +182,7 @@ def _with_logits(output: Any, logprob: Tensor) -> Any:
     if isinstance(output, Tensor):
         return logprob
     if isinstance(output, tuple):
-        return type(output)((logprob, *output[1:])) if type(output) is tuple else output._replace(logits=logprob)
+        return (logprob, *output[1:])
     if not hasattr(output, "logits"):
         raise ValueError(
             f"the model returns a {type(output).__name__} without logits, so log-probabilities have no place"

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ..head.options import LogitTransform
-from .heads import HeadSpec, capture_head, forward_kwargs, unwrap, without_gradient
+from .heads import HeadSpec, capture_head, forward_kwargs, model_spec, unwrap, without_gradient
 
 _BATCH, _LENGTH = 4, 8  # short, so that the edited token is inside every attention window
 _DRAWS = 3  # one draw may be uninformative: ids with equal embeddings, expert loads that happen to round alike
@@ -47,9 +47,15 @@ _assumed: WeakSet[nn.Module] = WeakSet()
 def assume_bidirectional(model: nn.Module) -> None:
     """Switch `assert_bidirectional` off for this model: you vouch for its attention and its HeadSpec.
 
-    For models the probe cannot judge, such as one that needs further inputs to run or attends within blocks by design.
+    For models the probe cannot judge, such as one that needs further inputs to run. The probe of block-diffusion models
+    (`assert_block_semantics`) is switched off as well.
     """
     _assumed.add(unwrap(model))
+
+
+def is_assumed(core: nn.Module) -> bool:
+    """Whether `assume_bidirectional` was called for this model."""
+    return core in _assumed
 
 
 def assert_bidirectional(model: nn.Module, head_spec: HeadSpec, *, padded: bool = False) -> None:
@@ -63,8 +69,13 @@ def assert_bidirectional(model: nn.Module, head_spec: HeadSpec, *, padded: bool 
     evaluation mode without gradients; modes, `.grad` and random states are left as they were.
     """
     core = unwrap(model)
-    if core in _assumed:
+    if is_assumed(core):
         return
+    if model_spec(core).attention == "block":
+        raise ValueError(
+            f"{type(core).__name__} attends in blocks, so its likelihood needs the clean tokens beside the noisy ones: "
+            f"call bgpo_kernels.block_row_logprob, or pass your own mask as model_kwargs of row_logprob{_ESCAPE}"
+        )
     config = getattr(core, "config", None)
     key = (
         padded,
@@ -75,26 +86,26 @@ def assert_bidirectional(model: nn.Module, head_spec: HeadSpec, *, padded: bool 
     )
     if key in _passed.get(core, ()):
         return
-    with _undisturbed(core):
+    with undisturbed(core):
         _probe(core, head_spec, padded)
     _passed.setdefault(core, set()).add(key)
 
 
 def _probe(model: nn.Module, spec: HeadSpec, padded: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    candidates = _ordinary_ids(model, spec)
+    def hidden(ids: Tensor) -> Tensor:
+        mask = torch.ones_like(ids)
+        mask[0, 0] = 0
+        return hidden_states(model, spec, ids, {"attention_mask": mask} if padded else {})
+
     largest = others = seen = padding = 0.0
-    for _ in range(_DRAWS):
-        chosen = torch.randint(len(candidates), (_BATCH, _LENGTH), generator=generator)
-        step = torch.randint(1, len(candidates), chosen.shape, generator=generator)
-        ids, other = candidates[chosen], candidates[(chosen + step) % len(candidates)]  # different everywhere
-        before = _hidden(model, spec, ids, padded)
+    for ids, other in draws(model, spec, _LENGTH):
+        before = hidden(ids)
         largest = max(largest, float(before[:, 1:].abs().max()))
-        others = max(others, _effect(before, _hidden(model, spec, torch.cat([ids[:1], other[1:]]), padded)))
-        seen = max(seen, _effect(before, _hidden(model, spec, _edit(ids, other, -1), padded)))
+        others = max(others, _effect(before, hidden(torch.cat([ids[:1], other[1:]]))))
+        seen = max(seen, _effect(before, hidden(edit(ids, other, -1))))
         if padded:
-            padding = max(padding, _effect(before, _hidden(model, spec, _edit(ids, other, 0), padded)))
-    rounding = max(_SEEN * others, _LAST_BITS * largest)
+            padding = max(padding, _effect(before, hidden(edit(ids, other, 0))))
+    rounding = unseen(others, largest)
     if seen <= rounding:
         condition = " when attention_mask has a zero" if padded else ""
         raise ValueError(
@@ -110,7 +121,24 @@ def _probe(model: nn.Module, spec: HeadSpec, padded: bool) -> None:
         )
 
 
-def _edit(ids: Tensor, other: Tensor, position: int) -> Tensor:
+def draws(model: nn.Module, spec: HeadSpec, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of ordinary ids [B, T], different from each other everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    candidates = _ordinary_ids(model, spec)
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    for _ in range(_DRAWS):
+        chosen = torch.randint(len(candidates), (_BATCH, length), generator=generator)
+        step = torch.randint(1, len(candidates), chosen.shape, generator=generator)
+        yield candidates[chosen].to(device), candidates[(chosen + step) % len(candidates)].to(device)
+
+
+def unseen(others: float, largest: float) -> float:
+    """How far an edit may move hidden states of size `largest` without being seen, when the other sequences of the
+    batch move them by `others`."""
+    return max(_SEEN * others, _LAST_BITS * largest)
+
+
+def edit(ids: Tensor, other: Tensor, position: int) -> Tensor:
     """`ids` [B, T] with one token of the first sequence replaced by that of `other`."""
     edited = ids.clone()
     edited[0, position] = other[0, position]
@@ -144,15 +172,10 @@ def _ordinary_ids(model: nn.Module, spec: HeadSpec) -> Tensor:
     return torch.tensor(ordinary if len(ordinary) > 1 else range(size))
 
 
-def _hidden(model: nn.Module, spec: HeadSpec, ids: Tensor, padded: bool) -> Tensor:
+def hidden_states(model: nn.Module, spec: HeadSpec, ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """The hidden states [B, T, H] in fp64 that the head receives for `ids` [B, T], after the checks of one forward."""
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    kwargs = forward_kwargs(model)
-    if padded:
-        kwargs["attention_mask"] = torch.ones_like(ids, device=device)
-        kwargs["attention_mask"][0, 0] = 0
     with capture_head(model, spec, Tensor.clone, placeholder=_ramp) as capture:
-        output = model(ids.to(device), **kwargs)
+        output = model(ids, **forward_kwargs(model), **kwargs)
     hidden = capture.value.double()
     if hidden.numel() != ids.numel() * hidden.shape[-1]:
         raise ValueError(
@@ -191,7 +214,7 @@ def _check_transform(model: nn.Module, spec: HeadSpec, output: Any, raw: Tensor)
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients; every module's mode and all random states come back."""
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     training = [module for module in model.modules() if module.training]
