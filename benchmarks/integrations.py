@@ -25,7 +25,7 @@ from _measure import child_environment
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from _integrations.case import SIZES
-from _integrations.report import FAILED, print_table, write_json
+from _integrations.report import FAILED, print_table, write_json, write_pages
 from _integrations.worker import OK, trainers
 
 
@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.out is not None:
             write_json(options.out, rows, options.size)
     print_table(rows)
+    if options.pages:
+        write_pages(rows)
     return 1 if any(row["status"] != OK for row in rows) else 0
 
 
@@ -51,7 +53,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=list(SIZES), default="small", help="[%(default)s]")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds of each way, interleaved [%(default)s]")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON to write [none]")
+    parser.add_argument("--pages", action="store_true", help="put the figures into docs/integrations")
     options = parser.parse_args(arguments)
+    if options.pages and (options.out is None or options.size != "small"):
+        parser.error("--pages needs --out and --size small: the pages show figures of a record")
     if options.rounds < 1:
         parser.error("--rounds must be positive")
     if options.out is not None and not options.out.absolute().parent.is_dir():

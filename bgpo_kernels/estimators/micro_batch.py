@@ -188,7 +188,7 @@ class GradientGuard:
     def __init__(self, model: nn.Module, sink: HeadSink, ranks: Ranks) -> None:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("gradients cannot be made under torch.inference_mode; torch.no_grad does no harm")
-        ranks.refuse_partial_engine()
+        ranks.check_gradients(own_backward=True)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._sink, self._ranks = sink, ranks
         holds = _hold_something([p.grad for p in self._parameters])

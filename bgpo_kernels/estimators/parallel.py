@@ -4,9 +4,10 @@
 sees none of them. Their sum then leaves through DDP's forward and backward as one ordinary gradient, which DDP averages
 as it is set up to: once per call, with its buckets, views and communication hooks, and not at all inside ``no_sync``.
 
-*Shards* (FSDP2, FSDP1, ZeRO-3): the weights are gathered and the gradients reduced within every micro-batch, by all
-ranks together. So the ranks take the same number of micro-batches; one that has fewer runs its own shortest sequence
-again without effect. Nothing can be halved on the way, since a rank cannot leave a collective operation by itself.
+*Shards* (FSDP2, ZeRO-3; FSDP1 without gradients): the weights are gathered and the gradients reduced within every
+micro-batch, by all ranks together. So the ranks take the same number of micro-batches; one that has fewer runs its own
+shortest sequence again without effect. Nothing can be halved on the way, since a rank cannot leave a collective
+operation by itself.
 
 Before anything reaches .grad, the ranks agree that all of them succeeded: one all-reduce of one number.
 """
@@ -33,8 +34,9 @@ class Ranks:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._device = device
         self._ddp = _ddp_around(model)
-        self._engine = model if "DeepSpeedEngine" in _class_names(model) else None
-        self._units = [m for m in model.modules() if "FSDPModule" in _class_names(m)]
+        self._engine: Any = model if "DeepSpeedEngine" in _class_names(model) else None
+        self._units: list[Any] = [m for m in model.modules() if "FSDPModule" in _class_names(m)]
+        self._fsdp1 = any("FullyShardedDataParallel" in _class_names(m) for m in model.modules())
         for unit in self._units:  # what an earlier forward left gathered does not show its process group
             unit.reshard()
         groups = _sharding_groups(model)
@@ -135,13 +137,19 @@ class Ranks:
         """Run it, within a backward: now, or after FSDP2's own last step where that backward is already in FSDP2."""
         states = [unit._get_fsdp_state()._state_ctx for unit in self._units]
         if any(state.post_backward_final_callback_queued for state in states):
-            torch.autograd.Variable._execution_engine.queue_callback(run)  # type: ignore[operator]
+            torch.autograd.Variable._execution_engine.queue_callback(run)
         else:
             run()
 
-    def refuse_partial_engine(self) -> None:
-        """ValueError for what adds to .grad by itself under a DeepSpeedEngine that is not of stage 3."""
-        if self._engine is not None and not self.sharded:
+    def check_gradients(self, own_backward: bool) -> None:
+        """ValueError where gradients would be lost. ``own_backward``: this call makes them, not a later backward."""
+        if self._fsdp1:
+            raise ValueError(
+                "FullyShardedDataParallel (FSDP1) gathers weights for the backward only from the outputs of its own "
+                "modules, so gradients cannot be made here; scoring under torch.no_grad works. Use FSDP2: "
+                "torch.distributed.fsdp.fully_shard"
+            )
+        if own_backward and self._engine is not None and not self.sharded:
             raise ValueError(
                 "a DeepSpeedEngine of ZeRO stage 0, 1 or 2 takes gradients only from its own backward: use "
                 "loss = ...(elbo_logprob(engine, ...)); engine.backward(loss), or ZeRO stage 3"

@@ -99,8 +99,10 @@ def _run(work: Rows, micro_batch_tokens: int | None, replay: bool | None) -> Ten
     ranks = batches.ranks
     if not torch.is_grad_enabled() or replay:
         return differentiable_scores(work, batches)
+    ranks.check_gradients(own_backward=False)
     if replay is None:
         fits = 0 < sum(items * tokens for items, tokens in work.groups) <= batches.tokens
+        fits = fits and not (ranks.sharded and len(work.groups) > 1)  # a forward per group
         if not any(ranks.most(not fits)):  # ranks that reduce gradients together all take the same way
             try:
                 return ranks.through(work.all_scores)

@@ -98,6 +98,7 @@ def differentiable_scores(scored: Scored, batches: MicroBatches) -> Tensor:
         parameters = [p for p in scored.model.parameters() if p.requires_grad]
         if not torch.is_grad_enabled() or not parameters:
             return score_all(scored, batches, seeds)
+        ranks.check_gradients(own_backward=False)
         with ranks.together():
             scores = score_all(scored, batches, seeds)
     run = _Run(scored, batches, seeds, _autocast_options(scored.device.type), parameters, scores)

@@ -238,8 +238,9 @@ def _used_now(module: Any) -> nn.Module:
     the layer below while adapters are disabled or merged into it.
     """
     names = _class_names(module)
-    if "ModulesToSaveWrapper" in names:
-        active, copies = module.active_adapters, module.modules_to_save
+    if "ModulesToSaveWrapper" in names and hasattr(module, "modules_to_save"):
+        named, copies = module.active_adapter, module.modules_to_save
+        active = [named] if isinstance(named, str) else named
         passed_by = module.disable_adapters or not active or any(name not in copies for name in active)
         return module.original_module if passed_by else copies[active[0]]
     if "BaseTunerLayer" in names and module.disable_adapters != module.merged:
