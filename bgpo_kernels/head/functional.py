@@ -160,7 +160,11 @@ def bgpo_head_loss(
     grad = torch.is_grad_enabled()
     wide_weight = grad and weight.requires_grad and main_grad_of(weight) is not None
     wide_weight = wide_weight and not torch.compiler.is_compiling()  # a traced backward cannot write there
-    needs = tuple(grad and x is not None and x.requires_grad for x in (flat, weight, bias))
+    needs = (
+        grad and flat.requires_grad,
+        grad and weight.requires_grad,
+        grad and bias is not None and bias.requires_grad,
+    )
     if shard is not None:
         bound = SegmentBound(
             advantages.float(), old_logprob, length, clip, group * samples, (batch, samples), resolved

@@ -420,12 +420,12 @@ def _prepare_mode(model: nn.Module) -> Callable[[], None]:
     returned function is called. The layers inside keep theirs: dropout and checkpointing are decided there."""
     core = _peel(model, _ALL_WRAPPERS)
     known = lookup(core)
-    if known.learns_in_training_only and not core.training and torch.is_grad_enabled():
-        if any(p.requires_grad for p in core.parameters()):
-            raise ValueError(
-                f"parts of {type(core).__name__} run under torch.no_grad in evaluation mode, so its gradients would be "
-                "wrong: call model.train() first, or score under torch.no_grad()"
-            )
+    learns_here = core.training or not known.learns_in_training_only
+    if not learns_here and torch.is_grad_enabled() and any(p.requires_grad for p in core.parameters()):
+        raise ValueError(
+            f"parts of {type(core).__name__} run under torch.no_grad in evaluation mode, so its gradients would be "
+            "wrong: call model.train() first, or score under torch.no_grad()"
+        )
     if not (known.skips_head_in_training and core.training):
         return lambda: None
     core.training = False
