@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleOutp
 from transformers import LlamaForCausalLM
 
 import bgpo_kernels as bk
+from bgpo_kernels.estimators import micro_batch
 from bgpo_kernels.head.parallel import shard_of
 
 
@@ -123,6 +124,42 @@ def _by_rows(model: nn.Module, batch: zoo.Batch, head: Any) -> None:
     (logp.sum() + entropy.square().sum()).backward()
 
 
+@checks("a DTensor", "local shards")
+def ranks_that_would_choose_other_sizes(kind: str) -> None:
+    """Free memory differs by GPU: all take the smallest guess, and what fails on one rank fails on both."""
+
+    batch = zoo.make_batch()
+    plain, model = (zoo.Plain(torch.float64, vocabulary=62) for _ in range(2))
+    if kind == "a DTensor":
+        colwise("out", output_layouts=Replicate())(model)
+        head: Any = model.out
+    else:
+        for name, parameter in list(model.out.named_parameters()):
+            model.out.register_parameter(name, nn.Parameter(parameter.detach().chunk(2)[rank()].clone()))
+        head = bk.models.HeadSpec(model.out, tp_group=dist.group.WORLD)
+    guesses = pytest.MonkeyPatch()
+    guesses.setattr(micro_batch, "_first_guess", lambda _: (20, 60)[rank()])
+    try:
+        for call in (zoo.by_elbo, zoo.by_bgpo, zoo.by_replay):
+            expected = zoo.gradients_of(call, plain, batch, head=plain.out)
+            micro_batch._learned.clear()
+            got = zoo.gradients_of(call, model, batch, head=head)
+            assert_same_on_every_rank(got["mix.weight"])
+            torch.testing.assert_close(got["mix.weight"], expected["mix.weight"], rtol=1e-9, atol=1e-12)
+        if rank() == 1:
+            guesses.setattr(micro_batch, "_assert_finite", _raise)
+        model.zero_grad(set_to_none=True)
+        with pytest.raises(FloatingPointError, match="on this rank alone" if rank() == 1 else "rank 1 failed"):
+            zoo.by_bgpo(model, batch, head=head)
+        assert all(p.grad is None for p in model.parameters())
+    finally:
+        guesses.undo()
+
+
+def _raise(_: Any) -> None:
+    raise FloatingPointError("on this rank alone")
+
+
 @checks()
 def sixteen_bit_parameters() -> None:
     """dW of a bf16 head goes through one fp32 accumulator, here of this rank's rows."""
@@ -171,6 +208,16 @@ def chosen_rows_of_a_model() -> None:
         found.append((logp.detach(), entropy.detach(), full(zoo.take_gradients(model))))
     torch.testing.assert_close(found[1][:2], found[0][:2], rtol=1e-11, atol=1e-12)
     zoo.assert_same_gradients(found[1][2], found[0][2])
+
+
+@checks()
+def a_patched_model() -> None:
+    """The plan's output hooks would gather log-probabilities as if they were logits, so patch refuses such a head."""
+
+    batch, model = zoo.make_batch(), zoo.llada(torch.float64)
+    colwise("lm_head", output_layouts=Replicate())(model)
+    with pytest.raises(ValueError, match=r"tensor-parallel head.*use row_logprob"), bk.patch(model, batch.ids):
+        model(batch.ids)
 
 
 @checks()

@@ -78,6 +78,9 @@ def test_restricted_support(options: dict[str, Any]) -> None:
     found = bk.row_logprob(model, NOISY, SCORED, IDS, support=support, **options)
     torch.testing.assert_close(found, expected, **CLOSE)
     torch.testing.assert_close(gradients(model, found), wanted, **CLOSE)
+    order = torch.randperm(ROWS.numel())
+    shuffled = bk.row_logprob(model, NOISY, ROWS[order], targets[order], support=support[order], **options)
+    torch.testing.assert_close(shuffled, expected[order], **CLOSE)
 
 
 @every_way
@@ -181,6 +184,8 @@ def test_several_micro_batches_keep_no_graph() -> None:
     result, replayed = saved_elements(lambda: bk.row_logprob(model, many, scored, ids, micro_batch_tokens=P * T))
     assert all_of_them > 4 * one and replayed <= many.shape[0] * T, "only the permutation of the rows, if that"
     assert result.requires_grad
+    _, insisted = saved_elements(lambda: bk.row_logprob(model, NOISY, SCORED, IDS, replay=True))
+    assert insisted == 0 < one
 
 
 def test_out_of_memory_turns_one_graph_into_replays(monkeypatch: pytest.MonkeyPatch) -> None:

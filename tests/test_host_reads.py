@@ -223,6 +223,18 @@ def estimators(backend: str) -> dict[str, Callable[[dict[str, Any]], object]]:
     }
 
 
+@pytest.mark.parametrize("entropy", [False, True])
+def test_no_read_between_micro_batches_of_rows(entropy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, options = small_model()
+    ids, response, _ = make_batch(3)
+    options = {"head": options["head"], "micro_batch_tokens": 20, "replay": True, "return_entropy": entropy}
+    bk.row_logprob(model, ids, response, ids, **options)  # warms up
+    with reads_forbidden_in_the_loop(monkeypatch) as loops:
+        found = bk.row_logprob(model, ids, response, ids, **options)
+        (sum(found) if entropy else found).sum().backward()
+    assert len(loops) == 2
+
+
 @pytest.mark.parametrize("law", [("exact", "stratified"), ("exact", "harmonic"), ("bernoulli", "uniform"),
                                  ("coupled", "uniform"), ("full", "stratified")], ids="-".join)  # fmt: skip
 @pytest.mark.parametrize("call", ["bgpo", "bgpo, off-policy", "elbo", "replay"])

@@ -110,6 +110,29 @@ def test_contexts_nest_and_failures_restore() -> None:
     assert model(NOISY).logits.shape == (3, 7, V)
 
 
+def test_every_call_may_score_other_rows() -> None:
+    model = bert(torch.float64)
+    expected, entropy = plain(model)
+    with bk.patch(model, return_entropy=True) as patched:
+        with pytest.raises(ValueError, match=r"before it was told what to score: give targets to patch"):
+            model(NOISY)
+        patched.score(IDS[SCORED], rows=ROWS)
+        torch.testing.assert_close(model(NOISY).logits, expected[SCORED], **CLOSE)
+        patched.score(IDS)
+        torch.testing.assert_close(model(NOISY).logits, expected, **CLOSE)
+        torch.testing.assert_close(patched.entropy, entropy, **CLOSE)
+    with pytest.raises(ValueError, match="rows and support need targets"), bk.patch(model, rows=ROWS):
+        pass
+
+
+def test_an_error_that_leaves_the_context_restores_the_model() -> None:
+    capped = Plain(after=lambda x: 5 * torch.tanh(x / 5))
+    for model, head in ((bert(), None), (capped, HeadSpec(capped.out, softcap=5.0))):
+        with pytest.raises(KeyError), bk.patch(model, IDS.flatten(), head=head):
+            raise KeyError
+        assert logits_of(model(NOISY)).shape == (3, 7, V)
+
+
 def test_mistakes_are_named() -> None:
     model = bert()
     together = r"rows and support go with targets \[N\], not with targets \[3, 7\]"

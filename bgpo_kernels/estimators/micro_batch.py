@@ -10,7 +10,7 @@ many as a rough estimate of activation memory allows, 16384 at most, halved on o
 result: masks do not depend on micro-batches, and a failed micro-batch leaves no trace in any .grad. (Dropout does
 depend on them: the second pass of a model that draws it raises, and the next call begins with the smaller size.)
 
-Where micro-batches are collective operations (``Ranks.sharded``) every rank walks equally far, and nothing is halved.
+Where micro-batches are collective operations (``Ranks.alike``) all ranks take the same size, and nothing is halved.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import validation as check
-from ..models import unwrap
+from ..models import HeadSpec, unwrap
 from .parallel import Ranks, hooks_suspended, local
 from .sink import HeadSink
 
@@ -54,6 +54,9 @@ class Work(Protocol):
     def model(self) -> nn.Module: ...
 
     @property
+    def head(self) -> HeadSpec: ...
+
+    @property
     def device(self) -> torch.device: ...
 
     @property
@@ -65,7 +68,7 @@ class MicroBatches:
 
     def __init__(self, work: Work, micro_batch_tokens: int | None) -> None:
         self.work, self.groups = work, work.groups
-        self.ranks = Ranks(work.model, work.device)
+        self.ranks = Ranks(work.model, work.device, work.head.tp_group)
         self.automatic = micro_batch_tokens is None
         if micro_batch_tokens is None:
             key = unwrap(work.model)
@@ -74,7 +77,7 @@ class MicroBatches:
             self.tokens = _learned[key]
         else:
             self.tokens = check.integer("micro_batch_tokens", micro_batch_tokens, 1)
-        if self.automatic and self.ranks.sharded:
+        if self.automatic and self.ranks.alike:
             self.tokens = -self.ranks.most(-self.tokens)[0]
 
     def ranges(self, g: int) -> Iterator[tuple[int, int]]:
@@ -89,7 +92,7 @@ class MicroBatches:
         """Halve what was alive at an out-of-memory; False when that was one item of group g."""
         items, tokens = self.groups[g]
         alive = min(items, self.tokens // tokens)
-        if not self.automatic or alive < 2 or self.ranks.sharded:
+        if not self.automatic or alive < 2 or self.ranks.alike:
             return False
         self.tokens = _learned[unwrap(self.work.model)] = alive // 2 * tokens
         return True
@@ -125,7 +128,7 @@ class MicroBatches:
 
     def _advice(self, g: int) -> str:
         rest = "use gradient checkpointing or a smaller workspace (set_workspace_bytes)"
-        if self.ranks.sharded:
+        if self.ranks.alike:
             return (
                 f"micro-batches of {self.tokens} tokens do not fit, and ranks that share weights cannot halve them "
                 f"while the others wait: pass a smaller micro_batch_tokens, or {rest}"

@@ -9,6 +9,9 @@ micro-batch, by all ranks together. So the ranks take the same number of micro-b
 shortest sequence again without effect. Nothing can be halved on the way, since a rank cannot leave a collective
 operation by itself.
 
+*Parts* (tensor parallelism): the ranks run every forward together, too, but on the same sequences, so they walk alike
+once they have the same size of micro-batch; gradients need no reduction beyond what the layers do.
+
 Before anything reaches .grad, the ranks agree that all of them succeeded: one all-reduce of one number.
 """
 
@@ -31,7 +34,7 @@ _MAX_RANKS = 1 << 32
 class Ranks:
     """The processes that train ``model`` together, as far as one call is concerned."""
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, tp_group: Any = None) -> None:
         self._device = device
         self._ddp = _ddp_around(model)
         self._engine: Any = model if "DeepSpeedEngine" in _class_names(model) else None
@@ -40,7 +43,10 @@ class Ranks:
         for unit in self._units:  # what an earlier forward left gathered does not show its process group
             unit.reshard()
         groups = _sharding_groups(model)
-        self.sharded = bool(groups)  #: whether every micro-batch is a collective operation
+        self.sharded = bool(groups)  #: whether every micro-batch gathers weights and reduces gradients
+        parts = [] if self.sharded else _tensor_parallel_groups(model, tp_group)
+        groups += parts
+        self.alike = self.sharded or bool(parts)  #: whether every micro-batch is a collective operation
         if self._ddp is not None and self._ddp.require_backward_grad_sync:
             groups.append(self._ddp.process_group)
         self._groups = groups
@@ -233,6 +239,14 @@ def _sharding_groups(model: nn.Module) -> list[Any]:
     if any("FSDPModule" in names for _, names in modules):
         meshes = [p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")]
         found += [mesh.get_group(d) for mesh in meshes for d in range(mesh.ndim)]
+    return list({id(group): group for group in found}.values())
+
+
+def _tensor_parallel_groups(model: nn.Module, tp_group: Any) -> list[Any]:
+    """The process groups whose ranks hold parts of every layer, or of the head."""
+    meshes = [p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")]
+    found = [mesh.get_group(d) for mesh in meshes for d in range(mesh.ndim)]
+    found += [] if tp_group is None else [tp_group]
     return list({id(group): group for group in found}.values())
 
 

@@ -76,18 +76,9 @@ def row_logprob(
             that is not known. In backward: as :func:`elbo_logprob`.
     """
     work, order = _prepare(
-        model,
-        input_ids,
-        rows,
-        targets,
-        temperature,
-        support,
-        return_entropy,
-        attention_mask,
-        model_kwargs,
-        head,
+        model, input_ids, rows, targets, temperature, support, return_entropy, attention_mask, model_kwargs, head,
         backend,
-    )
+    )  # fmt: skip
     scores = _run(work, micro_batch_tokens, replay)
     if order is not None:
         scores = scores.index_select(-1, order)
@@ -117,9 +108,11 @@ def _run(work: Rows, micro_batch_tokens: int | None, replay: bool | None) -> Ten
         )
     parts: list[Tensor] = []
 
+    def keep(g: int, lo: int, hi: int) -> None:
+        parts.append(work.scores(g, lo, hi))
+
     def all_graphs() -> Tensor:
-        body = lambda g, lo, hi: parts.append(work.scores(g, lo, hi))  # noqa: E731
-        batches.run(list(range(len(work.groups))), body, parts.clear, idle=work.score)
+        batches.run(list(range(len(work.groups))), keep, parts.clear, idle=work.score)
         return torch.cat(parts, -1)
 
     return ranks.through(all_graphs)

@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..models import HeadSpec
 from .dropout import DropoutSeeds
 from .head_pass import Roots
 from .micro_batch import GradientGuard, MicroBatches, Work, largest_magnitude
@@ -30,9 +29,6 @@ class Scored(Work, Protocol):
     """Work whose micro-batches give scores, elements of one tensor, and can be run again with their coefficients."""
 
     name: ClassVar[str]  # of the public call, for messages
-
-    @property
-    def head(self) -> HeadSpec: ...
 
     def empty_scores(self) -> Tensor: ...
 

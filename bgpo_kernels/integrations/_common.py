@@ -1,4 +1,4 @@
-"""What the integrations share: sample ids for signatures that carry none, and dense results from rows."""
+"""What the integrations share: sample ids for signatures that carry none."""
 
 from __future__ import annotations
 
@@ -22,8 +22,3 @@ def content_ids(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tens
     mixed = (mixed ^ (mixed >> 32)) * real
     total = mixed.sum(-1) + real.sum(-1)
     return (total ^ (total >> 31)) & (2**_ID_BITS - 1)
-
-
-def expand_rows(values: Tensor, rows: Tensor) -> Tensor:
-    """``values [N]`` at the True places of ``rows`` (bool, any shape), zeros elsewhere; differentiable."""
-    return torch.zeros(rows.shape, dtype=values.dtype, device=values.device).masked_scatter(rows, values)

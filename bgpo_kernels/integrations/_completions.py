@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .. import validation as check
 from ..estimators import row_logprob
 from ..masks import CountSchedule, random_mask
-from ._common import content_ids, expand_rows
+from ..models.patched import expand_rows
+from ._common import content_ids
 
 
 class Masks(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import validation as check
 from ..head.functional import masked_logprob
 from ..models import HeadSpec, capture_head, find_head, unwrap
-from ._common import expand_rows
+from ..models.patched import expand_rows
 from ._completions import score_rows
 
 

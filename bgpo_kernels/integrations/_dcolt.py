@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import validation as check
 from ..head.functional import masked_logprob
 from ..models import HeadSpec, assert_bidirectional, capture_head, find_head, forward_kwargs
-from ._common import expand_rows
+from ..models.patched import expand_rows
 from ._completions import same_as_input
 
 

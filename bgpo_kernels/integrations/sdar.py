@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .. import validation as check
 from ..estimators import row_logprob
 from ..models import HeadSpec, patch, unwrap
-from ._common import expand_rows
+from ..models.patched import expand_rows
 from ._completions import same_as_input
 
 _LARGEST_LOG_RATIO = 10.0  # DiRL bounds log-ratios by it before it exponentiates

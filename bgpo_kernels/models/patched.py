@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import validation as check
+from ..head.functional import masked_logprob
 from .heads import (
     _ALL_WRAPPERS,
     HeadSpec,
+    _cut_over_ranks,
     _forward_attribute,
     _fsdp_units_around,
     _peel,
@@ -35,15 +37,50 @@ IGNORED = -100  # torch's and transformers' label of a token that is not scored
 
 
 class Patched:
-    """What a context of :func:`patch` leaves behind."""
+    """What a context of :func:`patch` yields: says what to score next, and keeps the entropies of the last call."""
 
     entropy: Tensor | None = None  #: of the last call's rows, shaped as its log-probabilities; with return_entropy only
+
+    def __init__(self, spec: HeadSpec, **options: Any) -> None:
+        self._spec, self._options = spec, options
+        self._wanted: tuple[Tensor, Tensor | None, Tensor | None] | None = None
+
+    def score(self, targets: Tensor, *, rows: Tensor | None = None, support: Tensor | None = None) -> None:
+        """What calls of the model score from now on; arguments as those of :func:`patch`."""
+        check.dtype("targets", check.tensor("targets", targets), torch.int64)
+        if targets.dim() != 1 and (rows is not None or support is not None):
+            raise ValueError(f"rows and support go with targets [N], not with targets {list(targets.shape)}")
+        self._wanted = targets, rows, support
+
+    def logprob(self, hidden: Tensor) -> Tensor:
+        """In place of the head's forward."""
+        if self._wanted is None:
+            raise ValueError("the patched model was called before it was told what to score: give targets to patch, or "
+                             "to the score(...) of what it yields")  # fmt: skip
+        targets, rows, support = self._wanted
+        module: Any = self._spec.module
+        shape, scored = hidden.shape[:-1], None
+        if targets.dim() != 1:
+            check.shape("targets", targets, tuple(shape), " (as the rows the head receives)")
+            scored = targets != IGNORED
+            rows, targets = scored.flatten().nonzero()[:, 0], targets[scored]
+        if self._spec.shift:
+            rows = _shifted(rows, self._spec.shift, tuple(shape))
+        both = masked_logprob(
+            hidden, module.weight, targets, rows=rows, bias=getattr(module, "bias", None), softcap=self._spec.softcap,
+            logit_scale=self._spec.logit_scale, support=support, tp_group=self._spec.tp_group, **self._options,
+        )  # fmt: skip
+        logp, entropy = both if isinstance(both, tuple) else (both, None)
+        if scored is not None:
+            logp, entropy = expand_rows(logp, scored), None if entropy is None else expand_rows(entropy, scored)
+        self.entropy = entropy
+        return logp
 
 
 @contextmanager
 def patch(
     model: nn.Module,
-    targets: Tensor,
+    targets: Tensor | None = None,
     *,
     rows: Tensor | None = None,
     temperature: float = 1.0,
@@ -55,9 +92,10 @@ def patch(
     """Within the context the model's own forward returns fp32 log-probabilities instead of logits.
 
     ``with bk.patch(model, targets, rows=rows): logp = model(input_ids=noisy, attention_mask=mask).logits``. Code inside
-    the model's forward that takes ``self.lm_head(hidden)`` gets them as well. The gradients are those of
-    :func:`masked_logprob`; no logits are made. Every call within the context scores the same rows. The model's
-    attention is the caller's affair here: nothing checks that it looks both ways.
+    the model's forward that takes ``self.lm_head(hidden)`` gets them as well. For several calls that score different
+    rows: ``with bk.patch(model) as patched:`` and ``patched.score(targets, rows=rows)`` before each. The gradients are
+    those of :func:`masked_logprob`; no logits are made. The model's attention is the caller's affair here: nothing
+    checks that it looks both ways.
 
     Args:
         model: a model whose head is found as by :func:`bgpo_backward`.
@@ -68,59 +106,35 @@ def patch(
         temperature, support, return_entropy, backend: as :func:`masked_logprob`; ``support`` needs ``targets [N]``.
 
     Yields:
-        An object whose ``entropy`` is set by each call, with ``return_entropy``.
+        A :class:`Patched`: its ``score(...)`` changes what is scored, its ``entropy`` is set by each call, with
+        ``return_entropy``.
 
     Raises:
-        TypeError, ValueError: as :func:`masked_logprob`, from within the model's forward; a head that is not known.
-        Code of the model that indexes the vocabulary or takes ``labels`` cannot work on the result.
+        TypeError, ValueError: as :func:`masked_logprob`, from within the model's forward; a head that is not known; a
+            call before anything is to be scored; a tensor-parallel head. Code of the model that indexes the vocabulary
+            or takes ``labels`` cannot work on the result.
     """
-    check.dtype("targets", check.tensor("targets", targets), torch.int64)
-    if targets.dim() != 1 and (rows is not None or support is not None):
-        raise ValueError(f"rows and support go with targets [N], not with targets {list(targets.shape)}")
     spec = find_head(model, head)
-    patched = Patched()
-
-    def logprob(hidden: Tensor) -> Tensor:
-        return _logprob(hidden, spec, targets, rows, temperature, support, return_entropy, backend, patched)
-
+    if _cut_over_ranks(_peel(model, _ALL_WRAPPERS), spec.module):
+        raise ValueError(
+            "patch cannot serve a tensor-parallel head, whose plan gathers what leaves it: use row_logprob"
+        )
+    patched = Patched(spec, temperature=temperature, return_entropy=return_entropy, backend=backend)
+    if targets is not None:
+        patched.score(targets, rows=rows, support=support)
+    elif rows is not None or support is not None:
+        raise ValueError("rows and support need targets")
     if spec.logit_scale == 1.0 and spec.softcap is None:
-        with _at_the_head(spec.module, logprob):
+        with _at_the_head(spec.module, patched.logprob):
             yield patched
     else:
-        with _at_the_output(model, spec, logprob):
+        with _at_the_output(model, spec, patched.logprob):
             yield patched
 
 
-def _logprob(
-    hidden: Tensor, spec: HeadSpec, targets: Tensor, rows: Tensor | None, temperature: float, support: Tensor | None,
-    return_entropy: bool, backend: str, patched: Patched,
-) -> Tensor:  # fmt: skip
-    from ..head.functional import masked_logprob  # here, as models are read without kernels
-
-    module: Any = spec.module
-    shape, scored = hidden.shape[:-1], None
-    if targets.dim() != 1:
-        check.shape("targets", targets, tuple(shape), " (as the rows the head receives)")
-        scored = targets != IGNORED
-        rows, targets = scored.flatten().nonzero()[:, 0], targets[scored]
-    if spec.shift:
-        rows = _shifted(rows, spec.shift, tuple(shape))
-    both = masked_logprob(
-        hidden, module.weight, targets, rows=rows, bias=getattr(module, "bias", None), temperature=temperature,
-        softcap=spec.softcap, logit_scale=spec.logit_scale, support=support, return_entropy=return_entropy,
-        backend=backend,
-    )  # fmt: skip
-    logp, entropy = both if isinstance(both, tuple) else (both, None)
-    patched.entropy = _expand(entropy, scored)
-    found = _expand(logp, scored)
-    assert found is not None
-    return found
-
-
-def _expand(values: Tensor | None, scored: Tensor | None) -> Tensor | None:
-    if values is None or scored is None:
-        return values
-    return torch.zeros(scored.shape, dtype=values.dtype, device=values.device).masked_scatter(scored, values)
+def expand_rows(values: Tensor, rows: Tensor) -> Tensor:
+    """``values [N]`` at the True places of ``rows`` (bool, any shape), zeros elsewhere; differentiable."""
+    return torch.zeros(rows.shape, dtype=values.dtype, device=values.device).masked_scatter(rows, values)
 
 
 def _shifted(rows: Tensor | None, shift: int, shape: tuple[int, ...]) -> Tensor:
